@@ -1,0 +1,13 @@
+"""Helpers for finetuning torchvision's detection and instance-segmentation models.
+
+Modules, each small enough to copy into a project of your own:
+
+- ``penn_fudan``: the PennFudan data set, its download, a seeded split, ``collate_fn``
+- ``sample``: draws pedestrians in PennFudan's folder layout, for work without a network
+- ``transforms``: ``get_transform(train)``
+- ``models``: the mini models and their weights; replacing predictors
+- ``engine``: ``train_one_epoch``, ``evaluate``, ``predict``, checkpoints
+- ``coco_eval``: predictions and targets to COCO box and mask AP
+- ``visualization``: images with targets or predictions, and training curves
+- ``presets``: quick, laptop, full
+"""

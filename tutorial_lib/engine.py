@@ -1,0 +1,228 @@
+"""Training and evaluating torchvision's detection models.
+
+Notebook 02 builds ``train_one_epoch`` step by step, notebook 04 the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tutorial_lib.coco_eval import CocoResults, coco_annotations, coco_metrics
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is a card, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_amp_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype for mixed precision: bfloat16 on a CUDA card that computes in it, else None (float32)."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return None
+
+
+def to_device(images: Iterable[Tensor], targets: Iterable[dict], device: torch.device) -> tuple[list, list]:
+    """Images and the tensors of targets on the device; what is no tensor (``image_id``) stays as it is."""
+    images = [image.to(device, non_blocking=True) for image in images]
+    targets = [
+        {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in target.items()}
+        for target in targets
+    ]
+    return images, targets
+
+
+def train_one_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data_loader: DataLoader,
+    device: torch.device,
+    *,
+    lr_scheduler: LRScheduler | None = None,
+    amp_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train for one pass over the loader.
+
+    Args:
+        model: maps (images, targets) to a dict of losses in training mode, as
+            torchvision's detection models do.
+        data_loader: gives (images, targets); see :func:`tutorial_lib.penn_fudan.collate_fn`.
+        lr_scheduler: stepped after every batch.
+        amp_dtype: ``torch.bfloat16`` for mixed precision, None for float32.
+        progress: show a bar.
+
+    Returns:
+        The mean of every loss, and of their sum under ``"loss"``.
+
+    Raises:
+        FloatingPointError: the loss is not finite. The message names the images; the
+            weights are those of before the step.
+
+    Source: notebook 02.
+    """
+    model.train()
+    history = []
+    for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
+        images, targets = to_device(images, targets, device)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            losses = model(images, targets)
+            loss = sum(losses.values())
+        if not torch.isfinite(loss):
+            raise_non_finite(losses, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if lr_scheduler is not None:
+            lr_scheduler.step()
+        history.append({"loss": loss.item(), **{name: value.item() for name, value in losses.items()}})
+    return {name: sum(step[name] for step in history) / len(history) for name in history[0]}
+
+
+def raise_non_finite(losses: dict[str, Tensor], targets: Sequence[dict]) -> None:
+    """Raise the FloatingPointError that names the losses and the images of the batch."""
+    values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+    raise FloatingPointError(
+        f"the loss is not finite ({values}) on the images with image_id "
+        f"{[target.get('image_id') for target in targets]}. Look at their boxes first; "
+        "then lower the learning rate, or lengthen the warm-up."
+    )
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, data_loader: DataLoader, device: torch.device) -> float:
+    """The mean training loss on images that are not trained on.
+
+    The models give losses in training mode only, so that is the mode used, with
+    BatchNorm kept as in evaluation. The loss still draws random proposals: the
+    generator is seeded, and set back afterwards.
+    """
+    was_training = model.training
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    losses = []
+    with torch.random.fork_rng(device_type="cpu" if device.type == "mps" else device.type):
+        torch.manual_seed(0)
+        for images, targets in data_loader:
+            losses.append(sum(model(*to_device(images, targets, device)).values()).item())
+    model.train(was_training)
+    return sum(losses) / len(losses)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data_loader: DataLoader,
+    device: torch.device,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> CocoResults:
+    """COCO box and mask AP on the images of the loader, each of which is read once.
+
+    Args:
+        model: any module that maps a list of images to a list of dicts with ``boxes``,
+            ``labels``, ``scores`` and, for mask AP, ``masks``. It is left in the mode it was in.
+        data_loader: gives (images, targets); shuffling does not matter.
+
+    Source: notebook 02 uses it; https://cocodataset.org/#detection-eval
+    """
+    was_training = model.training
+    model.eval()
+    sizes, truth, found = [], [], []
+    for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            predictions = model([image.to(device) for image in images])
+        for image, target, prediction in zip(images, targets, predictions, strict=True):
+            size = tuple(image.shape[-2:])
+            sizes.append(size)
+            truth.append(coco_annotations(target, size))
+            found.append(coco_annotations(prediction, size))
+    model.train(was_training)
+    return coco_metrics(sizes, truth, found)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: Sequence[Tensor], device: torch.device, score_threshold: float = 0.5
+) -> list[dict[str, Tensor]]:
+    """Detections with at least the given score, on the CPU.
+
+    Args:
+        images: float32 [3, H, W] in [0, 1], of any sizes.
+
+    Returns:
+        For every image ``boxes`` float32 [N, 4] XYXY in its own pixels, ``labels`` int64
+        [N], ``scores`` float32 [N], highest first, and from Mask R-CNN ``masks`` float32
+        [N, 1, H, W] in [0, 1].
+    """
+    was_training = model.training
+    model.eval()
+    predictions = model([image.to(device) for image in images])
+    model.train(was_training)
+    kept = []
+    for prediction in predictions:
+        keep = prediction["scores"] >= score_threshold
+        kept.append({name: value[keep].cpu() for name, value in prediction.items()})
+    return kept
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """A learning rate that rises linearly for ``warmup_steps``, then falls to 0 along a cosine.
+
+    Step it after every batch. Source: notebook 04; the cosine is of arXiv 1608.03983.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def save_checkpoint(path: str | Path, **state: Any) -> None:
+    """Write a checkpoint, all or nothing: to a temporary name first, moved over ``path`` when whole.
+
+    Args:
+        state: what to keep, by name: state dicts, numbers, strings, lists, dicts.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(state, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote, on the CPU, with ``weights_only=True``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read as a checkpoint; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error

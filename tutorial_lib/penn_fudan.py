@@ -1,0 +1,235 @@
+"""The Penn-Fudan pedestrian database: download, data set, split, collate_fn.
+
+Notebook 01 builds each of these by hand.
+Data: Wang, Shi, Song, Shen, "Object Detection Combining Recognition and
+Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.ops import masks_to_boxes
+from tqdm import tqdm
+
+URL = "https://www.cis.upenn.edu/~jshi/ped_html/PennFudanPed.zip"
+NUM_IMAGES = 170
+# Over the names and SHA-256 of the 340 files of PNGImages and PedMasks, in order.
+DIGEST = "313ac6cb0e3e2f9bc6b1d41903bd13b17707af114cfef636ff09a5de0ed44b0f"
+
+
+def boxes_from_masks(masks: Tensor) -> Tensor:
+    """The boxes around instance masks.
+
+    Args:
+        masks: uint8 or bool [N, H, W], each with at least one pixel.
+
+    Returns:
+        float32 [N, 4], XYXY in absolute pixels, half-open: ``x2 - x1`` is the width
+        in pixels. (``torchvision.ops.masks_to_boxes`` gives the index of the last
+        pixel instead, one less at the right and at the bottom.)
+
+    Source: notebook 01.
+    """
+    boxes = masks_to_boxes(masks)
+    boxes[:, 2:] += 1
+    return boxes
+
+
+def read_png(path: Path, mode: ImageReadMode) -> Tensor:
+    """A PNG file as uint8 [C, H, W]; ValueError, naming the file, if it cannot be read."""
+    try:
+        return decode_image(str(path), mode)
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read as an image: {str(error).splitlines()[0]}") from error
+
+
+class PennFudanDataset(Dataset):
+    """Images and targets of PennFudan, or of any folder with its layout.
+
+    Args:
+        root: the folder that holds ``PNGImages/NAME.png`` (RGB) and
+            ``PedMasks/NAME_mask.png`` (one 8-bit channel: 0 is background, k the
+            pixels of the k-th person).
+        transforms: called with (image, target), returns both.
+
+    A sample is ``(image, target)``: ``image`` a ``tv_tensors.Image``, uint8 [3, H, W]
+    in [0, 255] before transforms; ``target`` as :meth:`get_target` gives it.
+
+    Raises:
+        FileNotFoundError: a folder, or the mask of an image, is missing.
+        ValueError: there are no images, an image or mask cannot be read, or the two
+            differ in size. The message names the file.
+
+    Source: notebook 01.
+    """
+
+    def __init__(self, root: str | Path, transforms: Callable | None = None):
+        self.root, self.transforms = Path(root), transforms
+        for folder in (self.root, self.root / "PNGImages", self.root / "PedMasks"):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder} is not a folder; PennFudan has PNGImages and PedMasks in its root")
+        self.file_names = sorted(path.name for path in (self.root / "PNGImages").glob("*.png"))
+        if not self.file_names:
+            raise ValueError(f"{self.root / 'PNGImages'} holds no .png files")
+        for name in self.file_names:
+            if not self._mask_path(name).is_file():
+                raise FileNotFoundError(f"{self._mask_path(name)}, the mask of {name}, is missing")
+
+    def _mask_path(self, name: str) -> Path:
+        return self.root / "PedMasks" / name.replace(".png", "_mask.png")
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def get_target(self, index: int) -> dict[str, Tensor | int]:
+        """The target of one image, without decoding the image.
+
+        Returns:
+            ``boxes`` float32 [N, 4] XYXY in absolute pixels, half-open; ``labels``
+            int64 [N], all 1 (person); ``masks`` uint8 [N, H, W] of 0 and 1;
+            ``image_id`` int; ``area`` float32 [N], of the mask, in pixels;
+            ``iscrowd`` int64 [N], all 0.
+        """
+        path = self._mask_path(self.file_names[index])
+        mask = read_png(path, ImageReadMode.UNCHANGED)
+        if len(mask) != 1:
+            raise ValueError(f"{path} has {len(mask)} channels; a mask has one, with the person's number in each pixel")
+        ids = mask.unique()
+        ids = ids[ids != 0]
+        masks = (mask == ids[:, None, None]).to(torch.uint8)
+        return {
+            "boxes": tv_tensors.BoundingBoxes(boxes_from_masks(masks), format="XYXY", canvas_size=masks.shape[-2:]),
+            "labels": torch.ones(len(ids), dtype=torch.int64),
+            "masks": tv_tensors.Mask(masks),
+            "image_id": index,
+            "area": masks.sum(dim=(1, 2), dtype=torch.float32),
+            "iscrowd": torch.zeros(len(ids), dtype=torch.int64),
+        }
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
+        path = self.root / "PNGImages" / self.file_names[index]
+        image = tv_tensors.Image(read_png(path, ImageReadMode.RGB))
+        target = self.get_target(index)
+        if image.shape[-2:] != target["masks"].shape[-2:]:
+            sizes = [f"{w} x {h}" for h, w in (image.shape[-2:], target["masks"].shape[-2:])]
+            raise ValueError(f"{path} is {sizes[0]} pixels, but its mask {self._mask_path(path.name)} is {sizes[1]}")
+        if self.transforms is not None:
+            image, target = self.transforms(image, target)
+        return image, target
+
+
+def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int) -> tuple[Subset, ...]:
+    """Split a data set into parts of the given sizes, at random but always alike for a seed.
+
+    The same seed picks the same indices from every data set of the same length: call it
+    on a data set with training transforms for the first part, and on one without for
+    the others.
+
+    Raises:
+        ValueError: the sizes add up to more than the data set holds, or one is not positive.
+
+    Source: notebook 01.
+    """
+    if min(sizes) < 1 or sum(sizes) > len(dataset):
+        raise ValueError(
+            f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)}, the data set's length"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return tuple(Subset(dataset, order[end - size : end]) for size, end in zip(sizes, ends, strict=True))
+
+
+def collate_fn(batch: list[tuple]) -> tuple[tuple, ...]:
+    """From a list of (image, target) to (images, targets), two tuples: images differ in size, so nothing is stacked."""
+    return tuple(zip(*batch, strict=True))
+
+
+def _is_penn_fudan(folder: Path) -> bool:
+    digest = hashlib.sha256()
+    for path in sorted((folder / "PNGImages").glob("*")) + sorted((folder / "PedMasks").glob("*")):
+        digest.update(path.name.encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest() == DIGEST
+
+
+def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
+    """Download PennFudan (51 MB) and unpack it, unless it is there already.
+
+    Its terms are in its readme.txt: it is for your own work, and not to be reposted.
+
+    Args:
+        root: the folder to put ``PennFudanPed`` in; made if need be.
+        url: where the zip file is; https, or http on this machine itself.
+
+    Returns:
+        The folder ``root/PennFudanPed``. It appears only when all its photographs and
+        masks are there, each as published (by their SHA-256).
+
+    Raises:
+        ValueError: the address is not https.
+        RuntimeError: the download is cut short, is no zip file or holds other files than
+            PennFudan's. The message names the address and what came. Nothing is left behind.
+        OSError: the address cannot be reached.
+    """
+    root = Path(root)
+    folder = root / "PennFudanPed"
+    if folder.is_dir() and _is_penn_fudan(folder):
+        return folder
+    if folder.exists():
+        raise RuntimeError(f"{folder} is there, but is not all of PennFudan as published; move it away and try again")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix="PennFudanPed.") as scratch:
+        archive = Path(scratch) / "PennFudanPed.zip"
+        _fetch(url, archive)
+        if not zipfile.is_zipfile(archive):
+            start = archive.read_bytes()[:60]
+            raise RuntimeError(f"{url} gave no zip file, but something that starts with {start!r} (a proxy's page?)")
+        with zipfile.ZipFile(archive) as zipped:
+            outside = [name for name in zipped.namelist() if not _stays_inside(Path(scratch), name)]
+            if outside:
+                raise RuntimeError(f"{url}: the archive would write outside its folder ({outside[0]!r}); not unpacked")
+            try:
+                zipped.extractall(scratch)
+            except (zipfile.BadZipFile, EOFError) as error:
+                raise RuntimeError(f"{url}: the archive is damaged ({error}); try again") from error
+        if not _is_penn_fudan(Path(scratch) / "PennFudanPed"):
+            raise RuntimeError(f"{url}: the archive does not hold the {NUM_IMAGES} photographs and masks of PennFudan")
+        shutil.move(Path(scratch) / "PennFudanPed", folder)
+    return folder
+
+
+def _stays_inside(folder: Path, name: str) -> bool:
+    return (folder / name).resolve().is_relative_to(folder.resolve())
+
+
+def _require_https(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")):
+        raise ValueError(f"{url} is not an https address")
+
+
+def _fetch(url: str, path: Path) -> None:
+    _require_https(url)
+    with urllib.request.urlopen(url, timeout=30) as response, path.open("wb") as file:
+        _require_https(response.url)  # after redirects
+        size = int(response.headers.get("Content-Length", 0))
+        with tqdm(total=size or None, unit="B", unit_scale=True, desc="PennFudan", file=sys.stdout, leave=False) as bar:
+            while chunk := response.read(1 << 18):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if size and file.tell() != size:
+            raise RuntimeError(f"{url}: the download stopped after {file.tell():,} of {size:,} bytes; try again")

@@ -1,0 +1,128 @@
+"""One visible dial: quick, laptop or full."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+
+from tutorial_lib.penn_fudan import PennFudanDataset, download_penn_fudan
+from tutorial_lib.sample import write_sample
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one preset decides. ``split`` is the number of train, validation and test images."""
+
+    name: str
+    data: str
+    split: tuple[int, int, int]
+    faster_rcnn: str
+    mask_rcnn: str
+    weights: str
+    trunk_weights: str | None
+    min_size: int
+    max_size: int
+    batch_size: int
+    learning_rate: float
+    epochs: int
+    long_epochs: int
+
+
+_MINI = {
+    "faster_rcnn": "fasterrcnn_mini_fpn", "mask_rcnn": "maskrcnn_mini_fpn",
+    "weights": "DEFAULT", "trunk_weights": None,
+}  # fmt: skip
+
+PRESETS = {
+    "quick": Preset(
+        "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=192, max_size=384,
+        batch_size=4, learning_rate=0.02, epochs=4, long_epochs=6,
+    ),
+    "laptop": Preset(
+        "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=256, max_size=448,
+        batch_size=4, learning_rate=0.02, epochs=8, long_epochs=30,
+    ),
+    "full": Preset(
+        "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",
+        mask_rcnn="maskrcnn_resnet50_fpn", weights="DEFAULT", trunk_weights="DEFAULT",
+        min_size=800, max_size=1333, batch_size=2, learning_rate=0.005, epochs=5, long_epochs=10,
+    ),
+}  # fmt: skip
+
+
+def choose_preset(name: str | None = None) -> Preset:
+    """The preset of that name; else of ``TUTORIAL_PRESET``; else full where CUDA is and quick where not.
+
+    Raises:
+        ValueError: there is no preset of that name.
+    """
+    name = name or os.environ.get("TUTORIAL_PRESET") or ("full" if torch.cuda.is_available() else "quick")
+    if name not in PRESETS:
+        raise ValueError(f"TUTORIAL_PRESET is {name!r}; it can be {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def prepare_data(preset: Preset, root: str | Path = "data") -> Path:
+    """The folder of the preset's data set, made or downloaded into ``root`` if need be.
+
+    PennFudan is taken from the folder ``PENN_FUDAN_ROOT`` where that is set.
+
+    Raises:
+        ValueError: the folder holds fewer images than the preset's split needs.
+        RuntimeError, OSError: PennFudan cannot be downloaded; the message says what to do.
+    """
+    if preset.data == "drawn sample":
+        return write_sample(root, num_images=sum(preset.split))
+    if folder := os.environ.get("PENN_FUDAN_ROOT"):
+        found = len(PennFudanDataset(folder))
+        if found < sum(preset.split):
+            raise ValueError(f"PENN_FUDAN_ROOT={folder} holds {found} images; {preset.name} needs {sum(preset.split)}")
+        return Path(folder)
+    try:
+        return download_penn_fudan(root)
+    except OSError as error:
+        raise OSError(
+            f"PennFudan cannot be downloaded ({error}). Set PENN_FUDAN_ROOT to a folder that holds it, "
+            "or TUTORIAL_PRESET=quick, which needs no download."
+        ) from error
+
+
+def fetch_weights(name: str, weights: str | None = "DEFAULT") -> None:
+    """Put the weights of a torchvision model where its builder finds them, checking their hash.
+
+    Args:
+        name: of a registered model, as in ``torchvision.models.list_models()``.
+        weights: a member of its weights enum; None is nothing to fetch.
+
+    Raises:
+        RuntimeError: they cannot be fetched, or are not what the hash in their name says.
+            The message says from where, and what to set.
+    """
+    if weights is None:
+        return
+    entry = torchvision.models.get_model_weights(name)[weights]
+    try:
+        entry.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"the weights {entry} of {name} cannot be fetched from {entry.url} ({error}). "
+            f"With no network, put that file into {Path(torch.hub.get_dir()) / 'checkpoints'}, "
+            "or set TUTORIAL_PRESET=quick or laptop, whose weights are in the package."
+        ) from error
+
+
+def provenance(preset: Preset, device: torch.device) -> str:
+    """One line that says what the numbers of a run were made with."""
+    weights = "starter weights (drawn scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
+    where = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    return (
+        f"preset {preset.name} | data {preset.data}, {' + '.join(map(str, preset.split))} images | {weights} | "
+        f"{where} | torch {torch.__version__}, torchvision {torchvision.__version__}"
+    )
