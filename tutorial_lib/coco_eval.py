@@ -93,8 +93,9 @@ def coco_annotations(output: dict, size: tuple[int, int]) -> list[dict]:
     ]
     fields = {"score": "scores"} if "scores" in output else {"area": "area", "iscrowd": "iscrowd"}
     for field, key in fields.items():
-        for annotation, value in zip(annotations, output[key].tolist() if key in output else (), strict=False):
-            annotation[field] = value
+        if key in output:
+            for annotation, value in zip(annotations, output[key].tolist(), strict=True):
+                annotation[field] = value
     if "masks" in output:
         masks = output["masks"] > 0.5
         encoded = encode_masks(masks.reshape(-1, *size))

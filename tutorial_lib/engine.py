@@ -5,9 +5,10 @@ Notebook 02 builds ``train_one_epoch`` step by step, notebook 04 the rest.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ def train_one_epoch(
         The mean of every loss, and of their sum under ``"loss"``.
 
     Raises:
-        FloatingPointError: the loss is not finite. The message names the images; the
-            weights are those of before the step.
+        FloatingPointError: the loss is not finite. The message names the images. The
+            parameters are those of before the step; BatchNorm's running statistics have
+            seen the batch, so go on from a checkpoint.
+        ValueError: the loader gives no batches.
 
     Source: notebook 02.
     """
@@ -88,6 +91,8 @@ def train_one_epoch(
         if lr_scheduler is not None:
             lr_scheduler.step()
         history.append({"loss": loss.item(), **{name: value.item() for name, value in losses.items()}})
+    if not history:
+        raise ValueError("data_loader gives no batches: it is empty, or drop_last leaves nothing of it")
     return {name: sum(step[name] for step in history) / len(history) for name in history[0]}
 
 
@@ -96,9 +101,20 @@ def raise_non_finite(losses: dict[str, Tensor], targets: Sequence[dict]) -> None
     values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
     raise FloatingPointError(
         f"the loss is not finite ({values}) on the images with image_id "
-        f"{[target.get('image_id') for target in targets]}. Look at their boxes first; "
+        f"{[target.get('image_id') for target in targets]}. Look at their pixels and boxes first; "
         "then lower the learning rate, or lengthen the warm-up."
     )
+
+
+@contextlib.contextmanager
+def _mode_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module back into the training or evaluation mode it is in now."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -109,17 +125,15 @@ def validation_loss(model: nn.Module, data_loader: DataLoader, device: torch.dev
     BatchNorm kept as in evaluation. The loss still draws random proposals: the
     generator is seeded, and set back afterwards.
     """
-    was_training = model.training
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
     losses = []
-    with torch.random.fork_rng(device_type="cpu" if device.type == "mps" else device.type):
+    with _mode_kept(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         torch.manual_seed(0)
         for images, targets in data_loader:
             losses.append(sum(model(*to_device(images, targets, device)).values()).item())
-    model.train(was_training)
     return sum(losses) / len(losses)
 
 
@@ -141,22 +155,21 @@ def evaluate(
 
     Source: notebook 02 uses it; https://cocodataset.org/#detection-eval
     """
-    was_training = model.training
-    model.eval()
     sizes, truth, found = [], [], []
-    for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            predictions = model([image.to(device) for image in images])
-        for image, target, prediction in zip(images, targets, predictions, strict=True):
-            size = tuple(image.shape[-2:])
-            sizes.append(size)
-            truth.append(coco_annotations(target, size))
-            found.append(coco_annotations(prediction, size))
-    model.train(was_training)
+    with _mode_kept(model):
+        model.eval()
+        for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                predictions = model([image.to(device) for image in images])
+            for image, target, prediction in zip(images, targets, predictions, strict=True):
+                size = tuple(image.shape[-2:])
+                sizes.append(size)
+                truth.append(coco_annotations(target, size))
+                found.append(coco_annotations(prediction, size))
     return coco_metrics(sizes, truth, found)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     model: nn.Module, images: Sequence[Tensor], device: torch.device, score_threshold: float = 0.5
 ) -> list[dict[str, Tensor]]:
@@ -170,10 +183,9 @@ def predict(
         [N], ``scores`` float32 [N], highest first, and from Mask R-CNN ``masks`` float32
         [N, 1, H, W] in [0, 1].
     """
-    was_training = model.training
-    model.eval()
-    predictions = model([image.to(device) for image in images])
-    model.train(was_training)
+    with _mode_kept(model):
+        model.eval()
+        predictions = model([image.to(device) for image in images])
     kept = []
     for prediction in predictions:
         keep = prediction["scores"] >= score_threshold
@@ -225,4 +237,5 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error

@@ -11,6 +11,7 @@ does for torchvision's models, from a file of this package, without a network.
 # by reading the annotation of its `weights` parameter.
 
 import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,37 +62,41 @@ _MINI_DEFAULTS = {
 
 
 class _PackagedWeights(WeightsEnum):
-    """Weights that are a file of this package: `url` is its name beside weights/__init__.py."""
+    """Weights that are a file of this package: `url` is its name in the folder `weights`."""
 
     def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        path = Path(__file__).parent / "weights" / self.url
+        path = _WEIGHTS / self.url
         found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not found.startswith(self.meta["sha256"]):
+        if found != self.meta["sha256"]:
             raise RuntimeError(
-                f"{path} is damaged: its SHA-256 starts with {found[:8]}, not {self.meta['sha256'][:8]}. "
-                "Install the package again (a clone may need `git checkout` of that file)."
+                f"{path} is damaged: its SHA-256 is {found[:8]}…, not {self.meta['sha256'][:8]}…. "
+                "Install the package again; in a clone, `git checkout` that file."
             )
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
         return {name: t.float() if t.is_floating_point() else t for name, t in state_dict.items()}
 
 
-_STARTER_META = {
-    "categories": CATEGORIES,
-    "sha256": "",
-    "min_size": (1, 1),
-    "recipe": "python -m tutorial_lib.weights.pretrain",
-    "_docs": "Trained on scenes that tutorial_lib/sample.py draws; they have never seen a photograph.",
-}
-_STARTER_FILE = "mini_fpn.pt"
+# Both models share one file: Faster R-CNN leaves the mask branch out.
+_WEIGHTS = Path(__file__).parent / "weights"
+_STARTER = Weights(
+    url="mini_fpn.pt",
+    transforms=ObjectDetection,
+    meta={
+        "categories": CATEGORIES,
+        "min_size": (1, 1),
+        **json.loads((_WEIGHTS / "mini_fpn.json").read_text(encoding="utf-8")),
+        "_docs": "Trained on scenes that tutorial_lib/sample.py draws; they have never seen a photograph.",
+    },
+)
 
 
 class FasterRCNN_Mini_FPN_Weights(_PackagedWeights):
-    DRAWN_V1 = Weights(url=_STARTER_FILE, transforms=ObjectDetection, meta=_STARTER_META)
+    DRAWN_V1 = _STARTER
     DEFAULT = DRAWN_V1
 
 
 class MaskRCNN_Mini_FPN_Weights(_PackagedWeights):
-    DRAWN_V1 = Weights(url=_STARTER_FILE, transforms=ObjectDetection, meta=_STARTER_META)
+    DRAWN_V1 = _STARTER
     DEFAULT = DRAWN_V1
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.ops import masks_to_boxes
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 URL = "https://www.cis.upenn.edu/~jshi/ped_html/PennFudanPed.zip"
@@ -49,12 +50,20 @@ def boxes_from_masks(masks: Tensor) -> Tensor:
     return boxes
 
 
-def read_png(path: Path, mode: ImageReadMode) -> Tensor:
-    """A PNG file as uint8 [C, H, W]; ValueError, naming the file, if it cannot be read."""
+def read_image(path: str | Path, mode: str | None = None) -> Tensor:
+    """An image file as uint8 [C, H, W].
+
+    Args:
+        mode: ``"RGB"`` to convert to it; None to leave grey values and palette indices as they are.
+
+    Raises:
+        ValueError: it cannot be read as an image; the message names it.
+    """
     try:
-        return decode_image(str(path), mode)
-    except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read as an image: {str(error).splitlines()[0]}") from error
+        with Image.open(path) as image:
+            return pil_to_tensor(image.convert(mode) if mode else image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 class PennFudanDataset(Dataset):
@@ -105,7 +114,7 @@ class PennFudanDataset(Dataset):
             ``iscrowd`` int64 [N], all 0.
         """
         path = self._mask_path(self.file_names[index])
-        mask = read_png(path, ImageReadMode.UNCHANGED)
+        mask = read_image(path)
         if len(mask) != 1:
             raise ValueError(f"{path} has {len(mask)} channels; a mask has one, with the person's number in each pixel")
         ids = mask.unique()
@@ -122,7 +131,7 @@ class PennFudanDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
         path = self.root / "PNGImages" / self.file_names[index]
-        image = tv_tensors.Image(read_png(path, ImageReadMode.RGB))
+        image = tv_tensors.Image(read_image(path, "RGB"))
         target = self.get_target(index)
         if image.shape[-2:] != target["masks"].shape[-2:]:
             sizes = [f"{w} x {h}" for h, w in (image.shape[-2:], target["masks"].shape[-2:])]
@@ -145,9 +154,8 @@ def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int) -> tuple[Su
     Source: notebook 01.
     """
     if min(sizes) < 1 or sum(sizes) > len(dataset):
-        raise ValueError(
-            f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)}, the data set's length"
-        )
+        parts = f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)}"
+        raise ValueError(f"{parts}, the data set's length")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return tuple(Subset(dataset, order[end - size : end]) for size, end in zip(sizes, ends, strict=True))

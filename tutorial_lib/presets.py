@@ -41,16 +41,16 @@ _MINI = {
 PRESETS = {
     "quick": Preset(
         "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=192, max_size=384,
-        batch_size=4, learning_rate=0.02, epochs=4, long_epochs=6,
+        batch_size=4, learning_rate=1e-3, epochs=4, long_epochs=6,
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=256, max_size=448,
-        batch_size=4, learning_rate=0.02, epochs=8, long_epochs=30,
+        batch_size=4, learning_rate=1e-3, epochs=8, long_epochs=30,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",
         mask_rcnn="maskrcnn_resnet50_fpn", weights="DEFAULT", trunk_weights="DEFAULT",
-        min_size=800, max_size=1333, batch_size=2, learning_rate=0.005, epochs=5, long_epochs=10,
+        min_size=800, max_size=1333, batch_size=2, learning_rate=1e-4, epochs=5, long_epochs=10,
     ),
 }  # fmt: skip
 

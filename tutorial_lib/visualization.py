@@ -26,7 +26,7 @@ def _draw_one(axes, image: Tensor, target: dict | None, categories: Sequence[str
         masks = torch.as_tensor(target["masks"]).cpu().reshape(-1, *pixels.shape[-2:]) > 0.5
         rgb = [tuple(round(255 * c) for c in colour) for colour in colours]
         pixels = draw_segmentation_masks(pixels, masks, alpha=0.45, colors=rgb)
-    axes.imshow(pixels.permute(1, 2, 0))
+    axes.imshow(pixels.permute(1, 2, 0).numpy())
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         # imshow puts the centre of pixel 0 at 0, so its left edge is at -0.5.
         corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
@@ -63,8 +63,10 @@ def show(
         The figure; ``plt.show()`` shows it.
 
     Raises:
-        ValueError: as many targets or titles as images are needed.
+        ValueError: there are no images, or not as many targets or titles as images.
     """
+    if not len(images):
+        raise ValueError("there are no images to show")
     for name, things in (("targets", targets), ("titles", titles)):
         if things is not None and len(things) != len(images):
             raise ValueError(f"{len(things)} {name} for {len(images)} images")
@@ -102,4 +104,51 @@ def plot_history(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    return figure
+
+
+def draw_detector(masks: bool) -> Figure:
+    """The parts of Faster R-CNN, or of Mask R-CNN, and what passes between them.
+
+    Each box has torchvision's name of the part, as it stands in ``model.named_children()``.
+    Drawn after arXiv 1506.01497 (Faster R-CNN) and 1703.06870 (Mask R-CNN).
+    """
+    blue, orange, green, grey = "#dbe7f5", "#fbe3cc", "#dcefdc", "#eeeeee"
+    parts = [  # x, y, width, height, colour, text
+        (0.0, 1.2, 1.5, 1.0, grey, "transform\nresize, normalise"),
+        (2.3, 1.2, 1.5, 1.0, blue, "backbone\ntrunk (+ FPN)"),
+        (4.6, 2.3, 1.6, 1.0, orange, "rpn\nanchors → proposals"),
+        (7.0, 1.2, 1.7, 1.0, green, "roi_heads.box_roi_pool\n7 × 7 features each"),
+        (9.5, 1.2, 1.5, 1.0, green, "roi_heads.\nbox_head"),
+        (11.8, 1.2, 1.7, 1.0, green, "roi_heads.\nbox_predictor"),
+    ]
+    arrows = [
+        ((-0.8, 1.7), (0.0, 1.7), "images"), ((1.5, 1.7), (2.3, 1.7), "batch"),
+        ((3.8, 1.9), (4.6, 2.7), ""), ((3.8, 1.6), (7.0, 1.6), "feature maps"),
+        ((6.2, 2.7), (7.0, 1.95), "proposals"), ((8.7, 1.7), (9.5, 1.7), ""), ((11.0, 1.7), (11.8, 1.7), ""),
+        ((13.5, 1.7), (14.2, 1.7), "boxes\nlabels\nscores"),
+    ]  # fmt: skip
+    if masks:
+        parts += [
+            (7.0, -0.4, 1.7, 1.0, green, "roi_heads.mask_roi_pool\n14 × 14 features each"),
+            (9.5, -0.4, 1.5, 1.0, green, "roi_heads.\nmask_head"),
+            (11.8, -0.4, 1.7, 1.0, green, "roi_heads.\nmask_predictor"),
+        ]
+        arrows += [
+            ((3.8, 1.4), (7.0, 0.2), ""), ((8.7, 0.1), (9.5, 0.1), ""), ((11.0, 0.1), (11.8, 0.1), ""),
+            ((13.5, 0.1), (14.2, 0.1), "masks\n28 × 28"),
+        ]  # fmt: skip
+    figure, axes = plt.subplots(figsize=(13, 3.6 if masks else 2.8), layout="constrained")
+    for x, y, width, height, colour, text in parts:
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="#555555"))
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
+    for start, end, text in arrows:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#555555"})
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        if end[0] > 14:
+            axes.text(end[0] + 0.1, end[1], text, va="center", fontsize=8)
+        else:
+            axes.text(x, y + 0.1, text, ha="center", va="bottom", fontsize=8)
+    axes.set(xlim=(-1, 15.4), ylim=(-0.6 if masks else 1.0, 3.5))
+    axes.axis("off")
     return figure

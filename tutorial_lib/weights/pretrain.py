@@ -4,12 +4,14 @@
 
 Scene i is drawn from (seed, i), so a run is known by its arguments. It writes
 ``checkpoint.pt`` every 200 steps, goes on from it when it is called again with the
-same folder, and ends with ``mini_fpn.pt`` (half precision) and ``metrics.json``.
+same folder, and ends with ``mini_fpn.pt`` (half precision) and ``mini_fpn.json`` (its
+hash, recipe and metrics on held-out scenes), to be copied into ``tutorial_lib/weights``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -20,10 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from tutorial_lib.engine import evaluate, to_device
 from tutorial_lib.models import maskrcnn_mini_fpn
+from tutorial_lib.penn_fudan import boxes_from_masks, collate_fn
 from tutorial_lib.sample import CATEGORIES, draw_scene
 
 HELD_OUT = 1_000_000_000  # held-out scenes are numbered from here
+NUM_HELD_OUT = 200
 
 
 class DrawnScenes(Dataset):
@@ -45,10 +50,7 @@ class DrawnScenes(Dataset):
         while not labels:
             image, ids, labels = draw_scene(rng, size, people=(0, 6), others=(0, 5))
         masks = torch.from_numpy(ids)[None] == torch.arange(1, len(labels) + 1)[:, None, None]
-        boxes = torch.zeros(len(labels), 4)
-        for i, mask in enumerate(masks):
-            y, x = mask.nonzero(as_tuple=True)
-            boxes[i] = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1])
+        boxes = boxes_from_masks(masks)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=masks.shape[-2:]),
             "labels": torch.tensor([CATEGORIES.index(name) for name in labels]),
@@ -58,10 +60,6 @@ class DrawnScenes(Dataset):
             "iscrowd": torch.zeros(len(labels), dtype=torch.int64),
         }
         return self.transforms(tv_tensors.Image(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)), target)
-
-
-def _collate(batch):
-    return tuple(zip(*batch, strict=True))
 
 
 def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int, device: torch.device) -> None:
@@ -81,12 +79,11 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
         start = state["step"]
         print(f"going on from step {start}")
     scenes = DrawnScenes(seed, start * batch_size, (steps - start) * batch_size, train=True)
-    loader = DataLoader(scenes, batch_size, num_workers=1, collate_fn=_collate, prefetch_factor=4)
+    loader = DataLoader(scenes, batch_size, num_workers=1, collate_fn=collate_fn, prefetch_factor=4)
     model.train()
     begun, losses = time.perf_counter(), []
     for step, (images, targets) in enumerate(loader, start=start + 1):
-        images = [image.to(device) for image in images]
-        targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+        images, targets = to_device(images, targets, device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = sum(model(images, targets).values())
         optimizer.zero_grad()
@@ -111,11 +108,29 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
             checkpoint.with_suffix(".tmp").replace(checkpoint)
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     torch.save({k: v.cpu().contiguous() for k, v in half.items()}, out / "mini_fpn.pt")
-    recipe = {
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-        "device": str(device), "torch": torch.__version__,
-    }  # fmt: skip
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    recipe = f"python -m tutorial_lib.weights.pretrain --steps {steps} --batch-size {batch_size}"
+    recipe += f" --learning-rate {learning_rate} --seed {seed}"
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
+    model.transform.min_size = (192,)
+    held_out = DataLoader(DrawnScenes(seed, HELD_OUT, NUM_HELD_OUT, train=False), batch_size, collate_fn=collate_fn)
+    results = evaluate(model, held_out, device)
+    print(results)
+    meta = {
+        "sha256": hashlib.sha256((out / "mini_fpn.pt").read_bytes()).hexdigest(),
+        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "_file_size": (out / "mini_fpn.pt").stat().st_size,
+        "recipe": recipe,
+        "_metrics": {
+            f"{NUM_HELD_OUT} held-out drawn scenes, {len(CATEGORIES) - 1} classes, min_size 192": {
+                "box_map": round(results.box.AP, 3),
+                "mask_map": round(results.mask.AP, 3),
+                "box_map_person": round(results.box.per_class[1], 3),
+                "mask_map_person": round(results.mask.per_class[1], 3),
+            }
+        },
+        "trained_with": f"torch {torch.__version__}, {device.type}, bfloat16 autocast",
+    }
+    (out / "mini_fpn.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,576 @@
+"""Training, evaluating, predicting, schedules and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from tutorial_lib import engine
+from tutorial_lib.engine import (
+    evaluate,
+    load_checkpoint,
+    pick_amp_dtype,
+    pick_device,
+    predict,
+    save_checkpoint,
+    to_device,
+    train_one_epoch,
+    validation_loss,
+    warmup_cosine,
+)
+from tutorial_lib.models import maskrcnn_mini_fpn
+from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn
+from tutorial_lib.transforms import get_transform
+
+CPU = torch.device("cpu")
+LOSSES = {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine two threads wait for each other: a step takes 10 s instead of 0.2 s."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def dataset(sample_root):
+    return PennFudanDataset(sample_root, get_transform(train=False))
+
+
+def loader(dataset, batch_size=2, **kwargs):
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn, **kwargs)
+
+
+def mini_model(seed=0):
+    torch.manual_seed(seed)
+    return maskrcnn_mini_fpn(weights=None, num_classes=2, min_size=96, max_size=160)
+
+
+def snapshot(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Counted(Dataset):
+    """Counts how often each sample is read."""
+
+    def __init__(self, dataset):
+        self.dataset, self.reads = dataset, [0] * len(dataset)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        return self.dataset[index]
+
+
+class Oracle(nn.Module):
+    """Predicts the targets of the images that it is shown."""
+
+    def __init__(self, dataset, masks=True):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.modes, self.answers = [], {}
+        for i in range(len(dataset)):
+            image, target = dataset[i]
+            answer = {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(target["labels"]))}
+            if masks:
+                answer["masks"] = target["masks"][:, None].float()
+            self.answers[image.numpy().tobytes()] = answer
+
+    def forward(self, images):
+        assert isinstance(images, list)
+        self.modes.append(self.training)
+        return [self.answers[image.numpy().tobytes()] for image in images]
+
+
+class FakeLosses(nn.Module):
+    """Gives the losses of a list, step by step, times a weight of 1."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.steps = iter(steps)
+
+    def forward(self, images, targets):
+        return {name: self.weight * value for name, value in next(self.steps).items()}
+
+
+def fake_batches(count, start=0):
+    return [((torch.zeros(3, 4, 4),), ({"image_id": start + i},)) for i in range(count)]
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_pick_device(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device() == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "supported", "expected"),
+    [
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, None),
+        ("mps", True, None),
+        ("cpu", True, None),
+    ],
+)
+def test_pick_amp_dtype(monkeypatch, device, supported, expected):
+    asked = []
+
+    def is_bf16_supported(including_emulation=True):
+        asked.append(including_emulation)
+        return supported
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert pick_amp_dtype(torch.device(device)) is expected
+    assert asked == ([False] if device == "cuda" else [])  # emulated bfloat16 is slower than float32
+
+
+def test_to_device_moves_tensors_and_leaves_the_rest():
+    image, boxes = torch.zeros(3, 4, 4), torch.zeros(2, 4)
+    given = {"boxes": boxes, "image_id": "a"}
+    images, targets = to_device((image,), (given,), torch.device("meta"))
+    assert images[0].device.type == "meta" and targets[0]["boxes"].device.type == "meta"
+    assert targets[0]["image_id"] == "a"
+    assert given["boxes"] is boxes
+
+
+# evaluate
+
+
+def test_evaluate_gives_an_oracle_full_marks(dataset):
+    results = evaluate(Oracle(dataset), loader(dataset), CPU, progress=False)
+    assert results.num_images == 12
+    for metrics in (results.box, results.mask):
+        assert [metrics.AP, metrics.AP50, metrics.AR] == pytest.approx([1.0] * 3, abs=1e-9)
+        assert metrics.per_class == {1: pytest.approx(1.0, abs=1e-9)}
+
+
+def test_evaluate_without_masks_measures_boxes_alone(dataset):
+    results = evaluate(Oracle(dataset, masks=False), loader(dataset), CPU, progress=False)
+    assert results.box.AP == pytest.approx(1.0, abs=1e-9) and results.mask is None
+
+
+def test_evaluate_is_no_flatterer(dataset):
+    """Half of the images get no prediction: the recall is the share of objects in the others."""
+    oracle = Oracle(dataset)
+    objects = [len(dataset[i][1]["labels"]) for i in range(12)]
+    for i in range(0, 12, 2):
+        answer = oracle.answers[dataset[i][0].numpy().tobytes()]
+        answer.update({name: value[:0] for name, value in answer.items()})
+    results = evaluate(oracle, loader(dataset), CPU, progress=False)
+    expected = sum(objects[1::2]) / sum(objects)
+    assert 0 < expected < 1
+    assert results.box.AR == pytest.approx(expected, abs=1e-9) and results.mask.AR == pytest.approx(expected, abs=1e-9)
+
+
+def test_evaluate_reads_every_image_of_the_loader_once_and_no_other(dataset):
+    counted = Counted(dataset)
+    results = evaluate(Oracle(dataset), loader(Subset(counted, [7, 2, 11])), CPU, progress=False)
+    assert results.num_images == 3
+    assert [i for i, reads in enumerate(counted.reads) if reads] == [2, 7, 11] and max(counted.reads) == 1
+    counted = Counted(dataset)
+    evaluate(Oracle(dataset), loader(counted, batch_size=5), CPU, progress=False)
+    assert counted.reads == [1] * 12
+
+
+def test_evaluate_does_not_mind_shuffling(dataset):
+    """With predictions that are neither all right nor all wrong, and scores that differ."""
+    oracle = Oracle(dataset)
+    generator = torch.Generator().manual_seed(0)
+    for answer in oracle.answers.values():
+        answer["boxes"] = answer["boxes"] + 4 * torch.randn(answer["boxes"].shape, generator=generator)
+        answer["scores"] = torch.rand(len(answer["scores"]), generator=generator)
+    plain = evaluate(oracle, loader(dataset), CPU, progress=False)
+    assert 0.05 < plain.box.AP < 0.95
+    for seed in range(2):
+        shuffled = loader(dataset, batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        results = evaluate(oracle, shuffled, CPU, progress=False)
+        assert results.box.AP == pytest.approx(plain.box.AP, abs=1e-9)
+        assert results.mask.AP == pytest.approx(plain.mask.AP, abs=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_uses_evaluation_mode_and_leaves_the_mode_as_it_was(dataset, training):
+    oracle = Oracle(dataset).train(training)
+    evaluate(oracle, loader(dataset, batch_size=6), CPU, progress=False)
+    assert oracle.modes == [False, False]
+    assert oracle.training is training and oracle.norm.training is training
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_evaluate_a_real_model(dataset, amp_dtype):
+    model = mini_model()
+    before = snapshot(model.state_dict().items())
+    results = evaluate(model, loader(Subset(dataset, [0, 1])), CPU, amp_dtype=amp_dtype, progress=False)
+    assert results.num_images == 2 and 0 <= results.box.AP <= 1 and 0 <= results.mask.AP <= 1
+    assert same(before, model.state_dict())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_evaluate_real_photographs(penn_fudan_root):
+    photographs = Subset(PennFudanDataset(penn_fudan_root, get_transform(train=False)), range(0, 170, 34))
+    results = evaluate(Oracle(photographs), loader(photographs), CPU, progress=False)
+    assert results.num_images == 5
+    assert [results.box.AP, results.mask.AP] == pytest.approx([1.0, 1.0], abs=1e-9)
+
+
+# train_one_epoch
+
+
+def test_train_one_epoch_returns_mean_losses_and_changes_the_parameters(dataset):
+    model = mini_model().eval()
+    before = snapshot(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = warmup_cosine(optimizer, 2, 10)
+    losses = train_one_epoch(
+        model, optimizer, loader(Subset(dataset, range(6))), CPU, lr_scheduler=scheduler, progress=False
+    )
+    assert losses.keys() == LOSSES | {"loss"}
+    assert losses["loss"] == pytest.approx(sum(losses[name] for name in LOSSES), rel=1e-5)
+    assert all(isinstance(value, float) and math.isfinite(value) for value in losses.values())
+    assert scheduler.last_epoch == 3  # once a batch
+    after = dict(model.named_parameters())
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > 0.9 * len(before)
+    assert model.training
+
+
+def test_train_one_epoch_means_and_steps_by_hand():
+    """The loss of step k is weight * (a + b); plain SGD takes lr * (a + b) off the weight each time."""
+    model = FakeLosses([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 0.0}])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = train_one_epoch(model, optimizer, fake_batches(2), CPU, progress=False)
+    # weights: 1, then 1 - 0.1 * 3 = 0.7, then 0.7 - 0.1 * 3 = 0.4
+    assert losses == pytest.approx({"loss": (3 + 2.1) / 2, "a": (1 + 2.1) / 2, "b": (2 + 0) / 2})
+    assert model.weight.item() == pytest.approx(0.4)
+
+
+def test_train_one_epoch_overfits_two_images(dataset):
+    model = mini_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batches = loader(Subset(dataset, [0, 1]))
+    losses = [train_one_epoch(model, optimizer, batches, CPU, progress=False) for _ in range(12)]
+    assert losses[-1]["loss"] < 0.5 * losses[0]["loss"]
+    assert losses[-1]["loss_mask"] < 0.5 * losses[0]["loss_mask"]
+    assert losses[-1]["loss_objectness"] < losses[0]["loss_objectness"]
+
+
+def train_from_seed(dataset, seed):
+    model = mini_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train_one_epoch(model, optimizer, loader(Subset(dataset, range(4)), shuffle=True), CPU, progress=False)
+    return model.state_dict()
+
+
+def test_the_same_seed_gives_the_same_weights(dataset):
+    first, second, other = (train_from_seed(dataset, seed) for seed in (3, 3, 4))
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_train_one_epoch_in_bfloat16(dataset):
+    model = mini_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = snapshot(model.named_parameters())
+    seen = []
+    model.backbone.register_forward_hook(lambda module, args, out: seen.append(next(iter(out.values())).dtype))
+    batches = loader(Subset(dataset, [0, 1]))
+    losses = train_one_epoch(model, optimizer, batches, CPU, amp_dtype=torch.bfloat16, progress=False)
+    assert seen == [torch.bfloat16]
+    assert math.isfinite(losses["loss"])
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert not same(before, dict(model.named_parameters()))
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_nan_in_an_image_stops_the_training_and_spares_the_weights(dataset):
+    image, target = dataset[3]
+    image = image.clone()
+    image[0, 5, 5] = float("nan")
+    batches = [(dataset[0],), (dataset[1], (image, target | {"image_id": "photo-17"}))]
+    model = mini_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    reference, scheduler = copy.deepcopy(model), warmup_cosine(optimizer, 2, 10)
+    torch.manual_seed(5)
+    with pytest.raises(FloatingPointError) as caught:
+        train_one_epoch(model, optimizer, map(collate_fn, batches), CPU, lr_scheduler=scheduler, progress=False)
+    message = str(caught.value)
+    assert "[1, 'photo-17']" in message and "nan" in message
+    assert all(name in message for name in LOSSES)
+    assert scheduler.last_epoch == 1
+    # The weights are those after the first, healthy batch alone.
+    expected = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9)
+    torch.manual_seed(5)
+    train_one_epoch(
+        reference,
+        expected,
+        map(collate_fn, batches[:1]),
+        CPU,
+        lr_scheduler=warmup_cosine(expected, 2, 10),
+        progress=False,
+    )
+    assert same(dict(reference.named_parameters()), dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_stops_the_training(bad):
+    model = FakeLosses([{"a": 1.0, "b": 2.0}, {"a": 0.5, "b": bad}, {"a": 1.0, "b": 2.0}])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError) as caught:
+        train_one_epoch(model, optimizer, fake_batches(3, start=40), CPU, progress=False)
+    assert f"b {bad}" in str(caught.value) and "a 0.35" in str(caught.value) and "[41]" in str(caught.value)
+    assert model.weight.item() == pytest.approx(0.7)  # of the first step only
+
+
+def test_progress_is_shown_only_when_asked(capsys):
+    for progress in (False, True):
+        model = FakeLosses([{"a": 1.0}] * 3)
+        train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.1), fake_batches(3), CPU, progress=progress)
+        captured = capsys.readouterr()
+        assert bool(captured.out) is progress and captured.err == ""
+
+
+# validation_loss
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_validation_loss_changes_nothing_but_gives_a_number(dataset, training):
+    model = mini_model().train(training)
+    batches = loader(Subset(dataset, range(4)), shuffle=True)
+    before = snapshot(model.state_dict().items())
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = validation_loss(model, batches, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12)
+    assert validation_loss(model, batches, CPU) == first
+    assert isinstance(first, float) and math.isfinite(first) and first > 0
+    assert same(before, model.state_dict())
+    assert all(module.training is training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_validation_loss_by_hand():
+    model = FakeLosses([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 2.0}])
+    assert validation_loss(model, fake_batches(2), CPU) == pytest.approx(4.0)
+
+
+# predict
+
+
+def test_predict_on_a_real_model(dataset):
+    model = mini_model().train()
+    images = [dataset[0][0], dataset[1][0]]
+    everything = predict(model, images, CPU, score_threshold=0.0)
+    assert model.training and all(module.training for module in model.modules())
+    threshold = everything[0]["scores"].median().item()
+    predictions = predict(model, images, CPU, threshold)
+    assert len(predictions) == 2
+    for image, prediction, all_of_it in zip(images, predictions, everything, strict=True):
+        scores = prediction["scores"]
+        assert prediction.keys() == {"boxes", "labels", "scores", "masks"}
+        assert all(value.device == CPU and not value.requires_grad for value in prediction.values())
+        count = int((all_of_it["scores"] >= threshold).sum())
+        assert prediction["boxes"].shape == (count, 4) and prediction["boxes"].dtype == torch.float32
+        assert prediction["labels"].shape == (count,) and prediction["labels"].dtype == torch.int64
+        assert prediction["masks"].shape == (count, 1, *image.shape[-2:])
+        assert prediction["masks"].min() >= 0 and prediction["masks"].max() <= 1
+        assert torch.equal(scores, scores.sort(descending=True).values)
+        assert (scores >= threshold).all()
+        assert torch.equal(prediction["boxes"], all_of_it["boxes"][:count])
+    assert 0 < len(predictions[0]["scores"]) < len(everything[0]["scores"])
+
+
+def test_predict_threshold_includes_its_own_value(dataset):
+    oracle = Oracle(dataset).eval()
+    image, target = dataset[0]
+    scores = torch.full((len(target["labels"]),), 0.9)
+    scores[-1] = 0.5
+    oracle.answers[image.numpy().tobytes()]["scores"] = scores
+    assert len(predict(oracle, [image], CPU)[0]["scores"]) == len(target["labels"])
+    assert len(predict(oracle, [image], CPU, 0.5001)[0]["scores"]) == len(target["labels"]) - 1
+    (nothing,) = predict(oracle, [image], CPU, 0.95)
+    assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 1, *image.shape[-2:])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predict_uses_evaluation_mode_and_leaves_the_mode_as_it_was(dataset, training):
+    oracle = Oracle(dataset).train(training)
+    predict(oracle, [dataset[0][0]], CPU)
+    assert oracle.modes == [False]
+    assert oracle.training is training and oracle.norm.training is training
+
+
+# warmup_cosine
+
+
+def rates(warmup_steps, total_steps, steps, lr=1.0):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=lr)
+    scheduler = warmup_cosine(optimizer, warmup_steps, total_steps)
+    values = []
+    for _ in range(steps):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_warmup_cosine_by_hand():
+    """1/5 … 4/5 in the warm-up; 1 at step 4; half at step 8, in the middle of the cosine; 0 at step 12."""
+    values = rates(4, 12, 16, lr=0.5)
+    assert values[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert values[6] == pytest.approx(0.25 * (1 + math.sqrt(0.5)))
+    assert values[8] == pytest.approx(0.25)
+    assert values[10] == pytest.approx(0.25 * (1 - math.sqrt(0.5)))
+    assert values[12:] == pytest.approx([0.0] * 4, abs=1e-12)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 10), (3, 3), (5, 2), (1, 2), (10, 100)])
+def test_warmup_cosine_never_leaves_its_range(warmup, total):
+    values = rates(warmup, total, 120)
+    assert all(0 <= value <= 1 for value in values)
+    assert values[warmup] == 1.0 and values[-1] == 0
+    assert values[: warmup + 1] == sorted(values[: warmup + 1])
+    assert values[warmup:] == sorted(values[warmup:], reverse=True)
+
+
+# Checkpoints
+
+
+def parts_to_train():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return model, optimizer, warmup_cosine(optimizer, 2, 10)
+
+
+def a_step(model, optimizer, scheduler, x):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+    scheduler.step()
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
+    path = tmp_path / "new folder" / "last.pt"
+    names, parts = ("model", "optimizer", "scheduler"), parts_to_train()
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        a_step(*parts, x)
+    states = {name: part.state_dict() for name, part in zip(names, parts, strict=True)}
+    save_checkpoint(path, **states, epoch=3, best=0.5, history=[{"loss": 1.5}], preset="quick")
+    for _ in range(3):
+        a_step(*parts, x)
+
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint["epoch"], checkpoint["best"], checkpoint["preset"]) == (3, 0.5, "quick")
+    assert checkpoint["history"] == [{"loss": 1.5}]
+    resumed = parts_to_train()
+    for name, part in zip(names, resumed, strict=True):
+        part.load_state_dict(checkpoint[name])
+    assert resumed[2].last_epoch == 3
+    for _ in range(3):
+        a_step(*resumed, x)
+    assert same(parts[0].state_dict(), resumed[0].state_dict())
+    assert parts[1].param_groups[0]["lr"] == resumed[1].param_groups[0]["lr"]
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_replaces_the_one_before(tmp_path):
+    path = str(tmp_path / "last.pt")
+    save_checkpoint(path, epoch=1)
+    save_checkpoint(path, epoch=2)
+    assert load_checkpoint(path) == {"epoch": 2}
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+
+    def write_a_bit_and_fail(state, file):
+        with open(file, "wb") as opened:
+            opened.write(b"PK")
+        raise error
+
+    monkeypatch.setattr(engine.torch, "save", write_a_bit_and_fail)
+    with pytest.raises(type(error)):
+        save_checkpoint(path, epoch=2)
+    assert load_checkpoint(path) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path, share):
+    path = tmp_path / "cut short.pt"
+    save_checkpoint(path, model=parts_to_train()[0].state_dict())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match="cut short.pt cannot be read as a checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"junk" * 100, b"\0" * 64, b"<html>not found</html>", b"\x80", pickle.dumps({"a": 1}, protocol=2)[:-1]],
+    ids=["junk", "zeros", "html", "one byte", "cut pickle"],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "junk.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="junk.pt cannot be read as a checkpoint"):
+        load_checkpoint(path)
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.system, (f'mkdir "{self.folder}"',)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_checkpoint_cannot_run_code(tmp_path, how):
+    path, trace = tmp_path / "malicious.pt", tmp_path / "trace"
+    state = {"model": Malicious(trace)}
+    if how == "torch":
+        torch.save(state, path)
+    else:
+        path.write_bytes(pickle.dumps(state, protocol=2))
+    with pytest.raises(ValueError, match="malicious.pt cannot be read as a checkpoint"):
+        load_checkpoint(path)
+    assert not trace.exists()
+    # The trap is a real one:
+    torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "."])
+def test_a_missing_checkpoint(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / name)

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.ops import box_iou
+
+from tutorial_lib import models
+from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
+from tutorial_lib.penn_fudan import PennFudanDataset
+from tutorial_lib.sample import CATEGORIES
+from tutorial_lib.transforms import get_transform
+
+MINI = ["fasterrcnn_mini_fpn", "maskrcnn_mini_fpn"]
+DETECTION_LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+
+
+def build(name: str, weights=None, **kwargs):
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=weights, **kwargs)
+
+
+# The mini models
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_mini_models_are_registered_with_torchvision(name):
+    assert name in torchvision.models.list_models()
+    assert torchvision.models.get_model_builder(name) is getattr(models, name)
+    assert isinstance(build(name, num_classes=2), MaskRCNN if "mask" in name else FasterRCNN)
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_mini_models_are_small(name):
+    model = build(name, num_classes=len(CATEGORIES))
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) <= 2.5e6
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_batch_norm_learns_its_statistics_in_a_short_training(name):
+    norms = [module for module in build(name, num_classes=2).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and {module.momentum for module in norms} == {0.1}
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_classes_are_91_unless_told(name):
+    assert build(name).roi_heads.box_predictor.cls_score.out_features == 91
+    assert build(name, num_classes=3).roi_heads.box_predictor.cls_score.out_features == 3
+
+
+def test_mask_predictor_has_the_box_predictors_classes():
+    assert build("maskrcnn_mini_fpn", num_classes=3).roi_heads.mask_predictor.mask_fcn_logits.out_channels == 3
+
+
+def test_keywords_reach_the_detector():
+    assert build(MINI[0], num_classes=2).transform.min_size == (192,)
+    model = build(MINI[1], num_classes=2, min_size=128, max_size=200, box_detections_per_img=7)
+    assert model.transform.min_size == (128,) and model.transform.max_size == 200
+    assert model.roi_heads.detections_per_img == 7
+    assert model.rpn.post_nms_top_n() == 300
+    model.eval()
+    assert model.rpn.post_nms_top_n() == 150
+
+
+@pytest.fixture(scope="module")
+def batch(sample_root) -> tuple[list[Tensor], list[dict]]:
+    dataset = PennFudanDataset(sample_root, get_transform(train=False))
+    images, targets = zip(*(dataset[index] for index in (0, 1)), strict=True)
+    return list(images), list(targets)
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_training_gives_the_losses_and_reaches_every_parameter(name, batch):
+    model = build(name, num_classes=2, min_size=128).train()
+    losses = model(*batch)
+    assert set(losses) == DETECTION_LOSSES | ({"loss_mask"} if "mask" in name else set())
+    assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    without = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_evaluation_gives_torchvisions_predictions(name, batch):
+    model = build(name, num_classes=2, min_size=128, box_score_thresh=0.0, box_detections_per_img=6).eval()
+    with torch.inference_mode():
+        predictions = model(batch[0])
+    assert len(predictions) == 2
+    for image, prediction in zip(batch[0], predictions, strict=True):
+        height, width = image.shape[-2:]
+        expected = {"boxes": (6, 4), "labels": (6,), "scores": (6,)}
+        if "mask" in name:
+            expected["masks"] = (6, 1, height, width)
+        assert {key: tuple(value.shape) for key, value in prediction.items()} == expected
+        assert prediction["labels"].dtype == torch.int64 and set(prediction["labels"].tolist()) == {1}
+        assert all(value.dtype == torch.float32 for key, value in prediction.items() if key != "labels")
+        assert prediction["boxes"].min() >= 0
+        assert (prediction["boxes"] <= torch.tensor([width, height, width, height])).all()
+        assert (prediction["scores"].diff() <= 0).all()
+        if "mask" in name:
+            assert 0 <= prediction["masks"].min() and 0 < prediction["masks"].max() <= 1
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_image_without_people_can_be_trained_on(name):
+    target = {
+        "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 96, 128, dtype=torch.uint8),
+    }  # fmt: skip
+    losses = build(name, num_classes=2, min_size=96).train()([torch.rand(3, 96, 128)], [target])
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+# Their weights
+
+
+@pytest.fixture
+def starter_file():
+    path = models._WEIGHTS / "mini_fpn.pt"
+    assert path.is_file(), f"{path}, the starter weights, is missing"
+    return path
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_weights_are_described_as_torchvision_does(name):
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    assert weights.meta["categories"] == CATEGORIES and weights.meta["categories"][1] == "person"
+    assert re.fullmatch("[0-9a-f]{64}", weights.meta["sha256"])
+    picture = torch.zeros(3, 4, 5, dtype=torch.uint8)
+    assert weights.transforms()(picture).dtype == torch.float32
+    model = build("maskrcnn_mini_fpn", num_classes=len(CATEGORIES))
+    assert weights.meta["num_params"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_weights_file_is_small_and_of_its_hash(starter_file):
+    assert starter_file.stat().st_size < 8e6
+    meta = torchvision.models.get_model_weights("maskrcnn_mini_fpn").DEFAULT.meta
+    assert hashlib.sha256(starter_file.read_bytes()).hexdigest() == meta["sha256"]
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_default_weights_fill_the_whole_model_without_a_network(name, starter_file, no_network):
+    state = torch.load(starter_file, map_location="cpu", weights_only=True)
+    model = torchvision.models.get_model(name, weights="DEFAULT")
+    loaded = model.state_dict()
+    expected = {key for key in state if "mask" in name or not key.startswith("roi_heads.mask_")}
+    assert set(loaded) == expected
+    assert all(torch.equal(loaded[key], state[key].to(loaded[key].dtype)) for key in expected)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in loaded.values())
+    assert all(value.isfinite().all() for value in loaded.values())
+    assert model.roi_heads.box_predictor.cls_score.out_features == len(CATEGORIES)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert no_network == []
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_weights_can_be_named_in_torchvisions_ways(name, starter_file):
+    enum = torchvision.models.get_model_weights(name)
+    first, *others = (
+        torchvision.models.get_model(name, weights=weights).state_dict()
+        for weights in ("DEFAULT", enum.DEFAULT, "DRAWN_V1", f"{enum.__name__}.DRAWN_V1")
+    )
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+    with pytest.raises(KeyError):
+        torchvision.models.get_model(name, weights="COCO_V1")
+
+
+def test_weights_of_the_other_model_are_refused(starter_file):
+    with pytest.raises(TypeError, match="MaskRCNN_Mini_FPN_Weights"):
+        models.maskrcnn_mini_fpn(weights=models.FasterRCNN_Mini_FPN_Weights.DEFAULT)
+
+
+def test_weights_missing_an_entry_are_refused(starter_file, tmp_path, monkeypatch):
+    state = torch.load(starter_file, map_location="cpu", weights_only=True)
+    del state["rpn.head.cls_logits.bias"]
+    torch.save(state, tmp_path / starter_file.name)
+    weights = models.MaskRCNN_Mini_FPN_Weights.DEFAULT
+    digest = hashlib.sha256((tmp_path / starter_file.name).read_bytes()).hexdigest()
+    monkeypatch.setitem(weights.meta, "sha256", digest)
+    monkeypatch.setattr(models, "_WEIGHTS", tmp_path)
+    for name in MINI:
+        with pytest.raises(RuntimeError, match="rpn.head.cls_logits.bias"):
+            torchvision.models.get_model(name, weights="DEFAULT")
+
+
+@pytest.mark.parametrize("name", MINI)
+@pytest.mark.parametrize("damage", ["a byte", "cut", "empty"])
+def test_damaged_weights_are_named(name, damage, starter_file, tmp_path, monkeypatch):
+    copy = tmp_path / starter_file.name
+    shutil.copy(starter_file, copy)
+    monkeypatch.setattr(models, "_WEIGHTS", tmp_path)
+    torchvision.models.get_model(name, weights="DEFAULT")  # the copy is good
+    whole = copy.read_bytes()
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    copy.write_bytes({"a byte": changed, "cut": whole[:middle], "empty": b""}[damage])
+    with pytest.raises(RuntimeError, match=re.escape(str(copy)) + " is damaged"):
+        torchvision.models.get_model(name, weights="DEFAULT")
+
+
+@pytest.mark.parametrize("name", MINI)
+@pytest.mark.parametrize("num_classes", [2, 91])
+def test_classes_that_contradict_the_weights_are_refused(name, num_classes):
+    with pytest.raises(ValueError, match=rf"num_classes={num_classes}, .*\b{len(CATEGORIES)}\b"):
+        torchvision.models.get_model(name, weights="DEFAULT", num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_classes_that_agree_with_the_weights_are_accepted(name, starter_file):
+    model = torchvision.models.get_model(name, weights="DEFAULT", num_classes=len(CATEGORIES))
+    assert model.roi_heads.box_predictor.cls_score.out_features == len(CATEGORIES)
+
+
+def test_starter_weights_find_drawn_people(sample_root, starter_file):
+    """Most of the twelve images' people are found, with the box, at any score above 0.3."""
+    model = torchvision.models.get_model("maskrcnn_mini_fpn", weights="DEFAULT", box_score_thresh=0.3).eval()
+    found = total = 0
+    for image, target in PennFudanDataset(sample_root, get_transform(train=False)):
+        with torch.inference_mode():
+            prediction = model([image])[0]
+        people = prediction["boxes"][prediction["labels"] == CATEGORIES.index("person")]
+        overlap = box_iou(target["boxes"], people)
+        found += int((overlap > 0.5).any(dim=1).sum())
+        total += len(target["boxes"])
+    assert found > total / 2
+
+
+# Replacing predictors
+
+
+def detector(name: str):
+    if "mini" in name:
+        return build(name, num_classes=8)
+    return build(name, weights_backbone=None)
+
+
+def check_replaced(replace, model, part: str, num_classes: int) -> None:
+    """Only the part's parameters are new; every other one is the same object with the same values."""
+    before = {key: (value, value.detach().clone()) for key, value in model.named_parameters()}
+    assert replace(model, num_classes) is model
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert any(key.startswith(part) for key in after)
+    for key, (value, values) in before.items():
+        if key.startswith(part):
+            assert after[key] is not value and after[key].requires_grad, key
+        else:
+            assert after[key] is value and torch.equal(value, values), key
+
+
+@pytest.mark.parametrize("name", [*MINI, "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+def test_replaced_box_predictor_is_all_that_is_new(name):
+    model = detector(name)
+    width = model.roi_heads.box_predictor.cls_score.in_features
+    check_replaced(replace_box_predictor, model, "roi_heads.box_predictor.", 2)
+    predictor = model.roi_heads.box_predictor
+    assert predictor.cls_score.weight.shape == (2, width) and predictor.bbox_pred.weight.shape == (8, width)
+    if "mask" in name:
+        channels = model.roi_heads.mask_predictor.conv5_mask.weight.shape
+        check_replaced(replace_mask_predictor, model, "roi_heads.mask_predictor.", 2)
+        assert model.roi_heads.mask_predictor.conv5_mask.weight.shape == channels
+        assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == 2
+
+
+def test_hidden_width_of_the_mask_predictor_is_kept_where_it_differs():
+    model = build("maskrcnn_mini_fpn", num_classes=8)
+    conv = torchvision.models.detection.mask_rcnn.MaskRCNNPredictor
+    model.roi_heads.mask_predictor = conv(96, 40, 8)
+    replace_mask_predictor(model, 5)
+    assert model.roi_heads.mask_predictor.conv5_mask.weight.shape == (96, 40, 2, 2)
+    assert model.roi_heads.mask_predictor.mask_fcn_logits.weight.shape == (5, 40, 1, 1)
+
+
+def test_model_with_replaced_predictors_trains_and_predicts(batch):
+    model = build("maskrcnn_mini_fpn", num_classes=8, min_size=128, box_score_thresh=0.0)
+    replace_mask_predictor(replace_box_predictor(model, 3), 3)
+    losses = model.train()(*batch)
+    assert set(losses) == DETECTION_LOSSES | {"loss_mask"}
+    with torch.inference_mode():
+        prediction = model.eval()(batch[0][:1])[0]
+    assert set(prediction["labels"].tolist()) <= {1, 2} and len(prediction["masks"]) > 0

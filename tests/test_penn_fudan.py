@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from tutorial_lib import penn_fudan
+from tutorial_lib.penn_fudan import (
+    PennFudanDataset,
+    boxes_from_masks,
+    collate_fn,
+    download_penn_fudan,
+    split_dataset,
+)
+
+
+def slow_boxes(mask: np.ndarray) -> list[list[int]]:
+    """Half-open boxes of the ids 1 to N, one at a time."""
+    boxes = []
+    for number in range(1, int(mask.max()) + 1):
+        y, x = np.nonzero(mask == number)
+        boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    return boxes
+
+
+# The toy data set: two images of 12 x 10 pixels, with two people and one.
+
+TOY_MASKS = {"a": np.zeros((10, 12), np.uint8), "b": np.zeros((10, 12), np.uint8)}
+TOY_MASKS["a"][2:7, 1:4] = 1
+TOY_MASKS["a"][0, 11] = 2  # one pixel, in a corner
+TOY_MASKS["b"][5:10, 3:12] = 1
+
+
+@pytest.fixture
+def toy_root(tmp_path: Path) -> Path:
+    root = tmp_path / "Toy"
+    for folder in ("PNGImages", "PedMasks"):
+        (root / folder).mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for name, mask in TOY_MASKS.items():
+        pixels = noise.integers(0, 256, (*mask.shape, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "PNGImages" / f"{name}.png")
+        Image.fromarray(mask).save(root / "PedMasks" / f"{name}_mask.png")
+    return root
+
+
+# The real photographs
+
+
+@pytest.fixture(scope="module")
+def real_people(penn_fudan_root: Path) -> list[dict]:
+    """One pass over all the masks: what the data set gives for each image, and what a slow way gives."""
+    dataset, images = PennFudanDataset(penn_fudan_root), []
+    for index, name in enumerate(dataset.file_names):
+        target = dataset.get_target(index)
+        with Image.open(penn_fudan_root / "PedMasks" / name.replace(".png", "_mask.png")) as image:
+            mask = np.asarray(image)
+        masks = target["masks"].numpy()
+        fields = {key: (value.dtype, tuple(value.shape)) for key, value in target.items() if torch.is_tensor(value)}
+        images.append(
+            {
+                "name": name,
+                "index": index,
+                "image_id": target["image_id"],
+                "fields": fields,
+                "size": mask.shape,
+                "ids": sorted(set(np.unique(mask).tolist()) - {0}),
+                "boxes": target["boxes"].tolist(),
+                "slow_boxes": slow_boxes(mask),
+                "area": target["area"].tolist(),
+                "slow_area": np.bincount(mask.ravel())[1:].tolist(),
+                "masks_alike": bool((masks == (mask == np.arange(1, len(masks) + 1)[:, None, None])).all()),
+                "labels": set(target["labels"].tolist()),
+                "iscrowd": set(target["iscrowd"].tolist()),
+            }
+        )
+    return images
+
+
+def test_real_data_set_holds_170_images_and_423_people(real_people):
+    assert len(real_people) == 170
+    assert sum(len(image["boxes"]) for image in real_people) == 423
+    assert [image["name"] for image in real_people] == sorted(image["name"] for image in real_people)
+    assert all(image["ids"] == list(range(1, len(image["ids"]) + 1)) for image in real_people)
+
+
+def test_real_boxes_areas_and_masks_equal_those_of_a_slow_way(real_people):
+    for image in real_people:
+        assert image["boxes"] == image["slow_boxes"], image["name"]
+        assert image["area"] == image["slow_area"], image["name"]
+        assert image["masks_alike"], image["name"]
+
+
+def test_real_targets_have_the_documented_fields(real_people):
+    for image in real_people:
+        count = len(image["ids"])
+        assert image["fields"] == {
+            "boxes": (torch.float32, (count, 4)),
+            "labels": (torch.int64, (count,)),
+            "masks": (torch.uint8, (count, *image["size"])),
+            "area": (torch.float32, (count,)),
+            "iscrowd": (torch.int64, (count,)),
+        }
+        assert type(image["image_id"]) is int and image["image_id"] == image["index"]
+        assert image["labels"] == {1} and image["iscrowd"] == {0}
+
+
+def test_real_boxes_agree_with_the_annotation_files(real_people, penn_fudan_root):
+    """Their corners are 1-based and inclusive. The few that differ are slips of the annotation."""
+    box = re.compile(r"Bounding box for object (\d+) .*: \((\d+), (\d+)\) - \((\d+), (\d+)\)")
+    agree, farthest = np.zeros(4, int), 0
+    for image in real_people:
+        path = (penn_fudan_root / "Annotation" / image["name"]).with_suffix(".txt")
+        found = [[int(n) for n in match] for match in box.findall(path.read_text(encoding="latin-1"))]
+        assert [number for number, *_ in found] == image["ids"], path.name
+        theirs = np.array([[xmin - 1, ymin - 1, xmax, ymax] for _, xmin, ymin, xmax, ymax in found])
+        difference = np.abs(theirs - np.array(image["boxes"]))
+        agree += (difference == 0).sum(axis=0)
+        farthest = max(farthest, difference.max())
+    assert agree.tolist() == [418, 422, 412, 423]
+    assert farthest == 6
+
+
+def test_78_of_the_423_people_were_labelled_after_the_paper(real_people, penn_fudan_root):
+    text = (penn_fudan_root / "added-object-list.txt").read_text(encoding="latin-1")
+    added = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    ids = {image["name"]: image["ids"] for image in real_people}
+    assert len(added) == 78 and len(set(map(tuple, added))) == 78
+    assert all(int(number) in ids[name] for name, number in added)
+    assert sum(map(len, ids.values())) - len(added) == 345
+
+
+def test_real_samples_are_decoded_as_pillow_decodes_them(penn_fudan_root):
+    dataset = PennFudanDataset(penn_fudan_root)
+    assert len(dataset) == 170
+    for index in (0, 84, 169):
+        image, target = dataset[index]
+        with Image.open(penn_fudan_root / "PNGImages" / dataset.file_names[index]) as expected:
+            assert (image.permute(1, 2, 0).numpy() == np.asarray(expected)).all()
+        assert isinstance(image, tv_tensors.Image) and image.dtype == torch.uint8
+        assert image.shape[-2:] == target["masks"].shape[-2:] == target["boxes"].canvas_size
+
+
+def test_real_folder_is_recognised_and_not_downloaded_again(penn_fudan_root, no_network):
+    assert penn_fudan._is_penn_fudan(penn_fudan_root)
+    if penn_fudan_root.name == "PennFudanPed":
+        assert download_penn_fudan(penn_fudan_root.parent) == penn_fudan_root
+    assert no_network == []
+
+
+# boxes_from_masks
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_boxes_from_masks_by_hand(dtype):
+    masks = torch.zeros(4, 5, 7, dtype=dtype)
+    masks[0, 2, 3] = 1  # one pixel
+    masks[1] = 1  # the whole image
+    masks[2, 1:4, 2:7] = 1
+    masks[3, 0, 6] = masks[3, 4, 0] = 1  # two pixels, in opposite corners
+    boxes = boxes_from_masks(masks)
+    assert boxes.dtype == torch.float32
+    assert boxes.tolist() == [[3, 2, 4, 3], [0, 0, 7, 5], [2, 1, 7, 4], [0, 0, 7, 5]]
+
+
+def test_boxes_from_masks_of_no_masks():
+    boxes = boxes_from_masks(torch.zeros(0, 5, 7, dtype=torch.uint8))
+    assert boxes.shape == (0, 4) and boxes.dtype == torch.float32
+
+
+# The data set
+
+
+def test_toy_samples_by_hand(toy_root):
+    dataset = PennFudanDataset(str(toy_root))
+    assert len(dataset) == 2 and dataset.file_names == ["a.png", "b.png"]
+    image, target = dataset[0]
+    assert isinstance(image, tv_tensors.Image) and image.shape == (3, 10, 12) and image.dtype == torch.uint8
+    assert isinstance(target["boxes"], tv_tensors.BoundingBoxes) and isinstance(target["masks"], tv_tensors.Mask)
+    assert target["boxes"].format == tv_tensors.BoundingBoxFormat.XYXY
+    assert target["boxes"].tolist() == [[1, 2, 4, 7], [11, 0, 12, 1]]
+    assert target["area"].tolist() == [15, 1]
+    assert target["masks"].tolist() == [(TOY_MASKS["a"] == 1).tolist(), (TOY_MASKS["a"] == 2).tolist()]
+    assert dataset[1][1]["boxes"].tolist() == [[3, 5, 12, 10]] and dataset[1][1]["image_id"] == 1
+
+
+def test_iterating_ends(toy_root):
+    assert len(list(PennFudanDataset(toy_root))) == 2
+
+
+def test_ids_may_have_gaps(toy_root):
+    mask = np.where(TOY_MASKS["a"] == 2, 200, TOY_MASKS["a"]).astype(np.uint8)
+    Image.fromarray(mask).save(toy_root / "PedMasks" / "a_mask.png")
+    assert PennFudanDataset(toy_root).get_target(0)["boxes"].tolist() == [[1, 2, 4, 7], [11, 0, 12, 1]]
+
+
+def test_an_image_without_people_has_an_empty_target(toy_root):
+    Image.fromarray(np.zeros((10, 12), np.uint8)).save(toy_root / "PedMasks" / "a_mask.png")
+    target = PennFudanDataset(toy_root)[0][1]
+    shapes = {key: tuple(value.shape) for key, value in target.items() if key != "image_id"}
+    assert shapes == {"boxes": (0, 4), "labels": (0,), "masks": (0, 10, 12), "area": (0,), "iscrowd": (0,)}
+
+
+def test_transforms_get_image_and_target_and_their_answer_is_the_sample(toy_root):
+    seen = []
+
+    def transforms(image, target):
+        seen.append((image, target))
+        return "image", "target"
+
+    assert PennFudanDataset(toy_root, transforms)[1] == ("image", "target")
+    ((image, target),) = seen
+    assert image.dtype == torch.uint8 and target["image_id"] == 1
+
+
+def test_get_target_does_not_decode_the_image(toy_root):
+    (toy_root / "PNGImages" / "a.png").write_bytes(b"no image")
+    dataset = PennFudanDataset(toy_root)
+    assert len(dataset.get_target(0)["boxes"]) == 2
+    with pytest.raises(ValueError, match="a.png"):
+        dataset[0]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("missing", [".", "PNGImages", "PedMasks"])
+def test_missing_folder_is_named(toy_root, missing):
+    shutil.rmtree(toy_root / missing)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(toy_root / missing))):
+        PennFudanDataset(toy_root)
+
+
+def test_folder_without_images_is_named(toy_root):
+    for path in (toy_root / "PNGImages").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=re.escape(str(toy_root / "PNGImages"))):
+        PennFudanDataset(toy_root)
+
+
+def test_image_without_its_mask_is_named(toy_root):
+    missing = toy_root / "PedMasks" / "b_mask.png"
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(missing))):
+        PennFudanDataset(toy_root)
+
+
+def test_mask_of_another_size_is_named_with_both_sizes(toy_root):
+    Image.fromarray(TOY_MASKS["a"][:, :9]).save(toy_root / "PedMasks" / "a_mask.png")
+    with pytest.raises(ValueError) as caught:
+        PennFudanDataset(toy_root)[0]
+    for part in (toy_root / "PNGImages" / "a.png", toy_root / "PedMasks" / "a_mask.png", "12 x 10", "9 x 10"):
+        assert str(part) in str(caught.value)
+
+
+def test_mask_in_colour_is_named(toy_root):
+    path = toy_root / "PedMasks" / "a_mask.png"
+    Image.fromarray(np.stack([TOY_MASKS["a"]] * 3, axis=2)).save(path)
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*channel"):
+        PennFudanDataset(toy_root)[0]
+
+
+UNREADABLE = {"empty": lambda png: b"", "text": lambda png: b"<html>sign in</html>", "cut": lambda png: png[:60]}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE.values(), ids=UNREADABLE.keys())
+@pytest.mark.parametrize("name", ["PNGImages/a.png", "PedMasks/a_mask.png"])
+def test_unreadable_png_is_named(toy_root, name, damage):
+    path = toy_root / name
+    png = path.read_bytes()
+    assert len(png) > 60
+    path.write_bytes(damage(png))
+    with pytest.raises(ValueError, match=re.escape(str(path)) + " cannot be read"):
+        PennFudanDataset(toy_root)[0]
+
+
+def test_png_with_damaged_pixels_is_named(toy_root):
+    """In a process of its own: torchvision's PNG decoder ends the process on such a file (seen in 0.29.2)."""
+    paths = [toy_root / "PNGImages" / "a.png", toy_root / "PedMasks" / "b_mask.png"]
+    for path in paths:
+        png = bytearray(path.read_bytes())
+        png[png.index(b"IDAT") + 8] ^= 0xFF
+        path.write_bytes(bytes(png))
+    code = (
+        "import sys\n"
+        "from tutorial_lib.penn_fudan import PennFudanDataset\n"
+        "for index in (0, 1):\n"
+        "    try:\n"
+        "        PennFudanDataset(sys.argv[1])[index]\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(toy_root)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, f"the process ended with {done.returncode}: {done.stderr[-300:]}"
+    assert all(f"{path} cannot be read" in done.stdout for path in paths)
+
+
+# split_dataset and collate_fn
+
+
+def test_split_is_disjoint_and_of_the_sizes():
+    parts = split_dataset(range(170), (100, 20, 50), seed=3)
+    assert [len(part) for part in parts] == [100, 20, 50]
+    assert sorted(index for part in parts for index in part.indices) == list(range(170))
+
+
+def test_split_depends_on_the_seed_and_the_length_alone():
+    first, again, other = (
+        split_dataset(data, (6, 4), seed) for data, seed in ((range(20), 0), ("x" * 20, 0), (range(20), 1))
+    )
+    assert [part.indices for part in first] == [part.indices for part in again]
+    assert [part.indices for part in first] != [part.indices for part in other]
+    assert first[0].indices != sorted(first[0].indices)
+    state = torch.get_rng_state()
+    split_dataset(range(20), (6, 4), seed=0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("sizes", [(8, 3), (11,), (5, 0), (5, -1), (-1, 5)])
+def test_split_sizes_that_do_not_fit(sizes):
+    with pytest.raises(ValueError, match=r"sizes .*10"):
+        split_dataset(range(10), sizes, seed=0)
+
+
+def test_split_may_use_every_image_once():
+    parts = split_dataset(range(10), (7, 3), seed=0)
+    assert sorted(index for part in parts for index in part) == list(range(10))
+
+
+def test_collate_keeps_images_of_different_sizes_apart():
+    a, b = torch.zeros(3, 4, 5), torch.zeros(3, 6, 7)
+    images, targets = collate_fn([(a, {"image_id": 0}), (b, {"image_id": 1})])
+    assert images[0] is a and images[1] is b
+    assert targets == ({"image_id": 0}, {"image_id": 1})
+
+
+# download_penn_fudan
+
+
+def make_archive(folder: Path, top: str = "PennFudanPed", extra: dict[str, bytes] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for path in sorted(folder.rglob("*.png")):
+            zipped.write(path, f"{top}/{path.relative_to(folder).as_posix()}")
+        for name, body in (extra or {}).items():
+            zipped.writestr(name, body)
+    return buffer.getvalue()
+
+
+def digest_of(folder: Path) -> str:
+    """As DIGEST: over the name and SHA-256 of each image and then of each mask, in order."""
+    total = hashlib.sha256()
+    for part in ("PNGImages", "PedMasks"):
+        for name in sorted(path.name for path in (folder / part).iterdir()):
+            total.update(name.encode() + hashlib.sha256((folder / part / name).read_bytes()).digest())
+    return total.hexdigest()
+
+
+@pytest.fixture
+def archive(toy_root, monkeypatch) -> bytes:
+    """A good archive: the toy data set stands for PennFudan."""
+    monkeypatch.setattr(penn_fudan, "DIGEST", digest_of(toy_root))
+    return make_archive(toy_root, extra={"PennFudanPed/readme.txt": b"terms"})
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_download_of_a_good_archive(archive, toy_root, tmp_path, local_server, capsys):
+    root = tmp_path / "new" / "data"
+    folder = download_penn_fudan(root, local_server.serve("/good.zip", archive))
+    assert folder == root / "PennFudanPed"
+    assert files_in(folder) == {**files_in(toy_root), "readme.txt": b"terms"}
+    assert [path.name for path in root.iterdir()] == ["PennFudanPed"]
+    assert len(PennFudanDataset(folder)) == 2
+
+
+def test_complete_folder_is_not_downloaded_again(archive, tmp_path, local_server):
+    url = local_server.serve("/good.zip", archive)
+    folder = download_penn_fudan(str(tmp_path / "data"), url)
+    assert download_penn_fudan(str(tmp_path / "data"), url) == folder
+    assert local_server.requests == ["/good.zip"]
+
+
+@pytest.mark.parametrize("change", ["a file is missing", "a file differs", "a name differs", "nothing but a note"])
+def test_existing_wrong_folder_is_not_touched(archive, toy_root, tmp_path, local_server, change):
+    folder = tmp_path / "data" / "PennFudanPed"
+    shutil.copytree(toy_root, folder)
+    if change == "a file is missing":
+        (folder / "PedMasks" / "a_mask.png").unlink()
+    elif change == "a file differs":
+        (folder / "PNGImages" / "a.png").write_bytes(b"mine")
+    elif change == "a name differs":
+        (folder / "PNGImages" / "a.png").rename(folder / "PNGImages" / "aa.png")
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "note.txt").write_bytes(b"mine")
+    before = files_in(tmp_path / "data")
+    with pytest.raises(RuntimeError, match=re.escape(str(folder))):
+        download_penn_fudan(tmp_path / "data", local_server.serve("/good.zip", archive))
+    assert files_in(tmp_path / "data") == before
+    assert local_server.requests == []
+
+
+def damaged(archive: bytes) -> bytes:
+    """The archive with the packed bytes of its first file changed; its directory is whole."""
+    start = 30 + archive[26] + 256 * archive[27]
+    return archive[:start] + bytes(byte ^ 0xFF for byte in archive[start : start + 40]) + archive[start + 40 :]
+
+
+BAD_ANSWERS = {
+    "page": (lambda good, toy: b"<!DOCTYPE html><title>Sign in</title>", "no zip file.*DOCTYPE"),
+    "empty": (lambda good, toy: b"", "no zip file"),
+    "first half": (lambda good, toy: good[: len(good) // 2], "no zip file"),
+    "second half": (lambda good, toy: good[len(good) // 2 :], "damaged|no zip file"),
+    "damaged": (lambda good, toy: damaged(good), "damaged"),
+    "evil": (lambda good, toy: make_archive(toy, extra={"../evil.txt": b"x"}), r"outside.*\.\./evil\.txt"),
+    "evil deep": (lambda good, toy: make_archive(toy, extra={"PennFudanPed/../../evil.txt": b"x"}), "outside"),
+    "evil root": (lambda good, toy: make_archive(toy, extra={"/evil.txt": b"x"}), "outside"),
+    "other files": (lambda good, toy: make_archive(toy / "PedMasks"), "does not hold"),
+    "other folder": (lambda good, toy: make_archive(toy, top="Other"), "does not hold"),
+    "one too many": (
+        lambda good, toy: make_archive(toy, extra={"PennFudanPed/PNGImages/c.png": b"x"}),
+        "does not hold",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
+def test_bad_archive_leaves_nothing_behind_and_can_be_tried_again(
+    archive, toy_root, tmp_path, local_server, make, message
+):
+    root = tmp_path / "home" / "data"
+    url = local_server.serve("/bad.zip", make(archive, toy_root))
+    with pytest.raises(RuntimeError, match=f"(?s){re.escape(url)}.*({message})"):
+        download_penn_fudan(root, url)
+    assert list(root.iterdir()) == []
+    assert not list(tmp_path.rglob("evil.txt"))
+    folder = download_penn_fudan(root, local_server.serve("/bad.zip", archive))
+    assert len(PennFudanDataset(folder)) == 2
+
+
+def test_download_cut_short_tells_how_much_came(archive, tmp_path, local_server):
+    size = len(archive)
+    url = local_server.serve("/cut.zip", archive[: size // 2], Content_Length=str(size))
+    with pytest.raises(RuntimeError, match=f"{re.escape(url)}.*{size // 2:,} of {size:,}"):
+        download_penn_fudan(tmp_path / "data", url)
+    assert list((tmp_path / "data").iterdir()) == []
+    assert download_penn_fudan(tmp_path / "data", local_server.serve("/cut.zip", archive)).is_dir()
+
+
+def test_download_in_chunks_cut_short(archive, tmp_path, local_server):
+    """Without a length, in HTTP's chunks, of which the last never comes."""
+    url = local_server.serve("/cut.zip", b"")
+    chunk = b"%x\r\n" % len(archive) + archive[: len(archive) // 2]
+    local_server.pages["/cut.zip"] = (200, {"Transfer-Encoding": "chunked"}, chunk)
+    with pytest.raises((RuntimeError, OSError)):
+        download_penn_fudan(tmp_path / "data", url)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_download_without_a_length(archive, tmp_path, local_server):
+    url = local_server.serve("/good.zip", archive)
+    local_server.pages["/good.zip"] = (200, {}, archive)
+    assert download_penn_fudan(tmp_path / "data", url).is_dir()
+
+
+def test_page_not_found_is_an_oserror(tmp_path, local_server):
+    with pytest.raises(OSError, match="404"):
+        download_penn_fudan(tmp_path / "data", local_server.address + "/nothing.zip")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_address_that_is_refused_is_an_oserror(tmp_path, refused_address):
+    with pytest.raises(OSError):
+        download_penn_fudan(tmp_path / "data", refused_address + "/PennFudanPed.zip")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/PennFudanPed.zip",
+        "http://127.0.0.1@example.com/PennFudanPed.zip",
+        "http://127.0.0.1.example.com/PennFudanPed.zip",
+        "ftp://127.0.0.1/PennFudanPed.zip",
+        "file:///PennFudanPed.zip",
+        "PennFudanPed.zip",
+    ],
+)
+def test_address_that_is_not_https_is_refused_before_connecting(tmp_path, no_network, url):
+    with pytest.raises(ValueError, match=re.escape(url)):
+        download_penn_fudan(tmp_path / "data", url)
+    assert no_network == []
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_redirect_to_another_address_of_this_machine_is_followed(archive, tmp_path, local_server):
+    good = local_server.serve("/good.zip", archive)
+    url = local_server.serve("/moved.zip", b"", status=302, Location=good)
+    assert download_penn_fudan(tmp_path / "data", url).is_dir()
+    assert local_server.requests == ["/moved.zip", "/good.zip"]
+
+
+def test_redirect_to_an_address_that_is_not_https_is_refused(archive, tmp_path, local_server, monkeypatch):
+    """elsewhere.example is led to the local server, which would give a good archive."""
+    connect, port = socket.create_connection, int(local_server.address.rsplit(":", 1)[1])
+    monkeypatch.setattr(socket, "create_connection", lambda _, *args, **kw: connect(("127.0.0.1", port), *args, **kw))
+    local_server.serve("/good.zip", archive)
+    url = local_server.serve("/moved.zip", b"", status=302, Location="http://elsewhere.example/good.zip")
+    with pytest.raises(ValueError, match="http://elsewhere.example/good.zip"):
+        download_penn_fudan(tmp_path / "data", url)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_the_published_address_is_https():
+    assert penn_fudan.URL.startswith("https://www.cis.upenn.edu/")
+    assert penn_fudan.NUM_IMAGES == 170
