@@ -80,9 +80,9 @@ class _Reporter(NotebookClient):
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout":
-            text = msg["content"]["text"].rpartition("\r")[2]  # after the last progress bar
-            for line in text.rstrip().splitlines():
-                print(f"      {line}", flush=True)
+            text = msg["content"]["text"].rpartition("\r")[2]
+            if text.endswith("\n"):  # a progress bar does not
+                print("\n".join(f"      {line}" for line in text.splitlines()), flush=True)
         return super().process_message(msg, cell, cell_index)
 
 

@@ -271,11 +271,13 @@ test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 # %%
 from torchvision.models import get_model
 
-sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
+same = {"min_size": preset.min_size, "max_size": preset.max_size}
+if preset.name != "full":  # fewer proposals for a CPU; the defaults are 512 and 1000 an image
+    same |= {"box_batch_size_per_image": 64, "rpn_post_nms_top_n_test": 150}
 torch.manual_seed(SEED)
 models = {
-    "MobileNetV2": mobilenet_v2_detector(2, preset.trunk_weights, **sizes).to(device),
-    "default": get_model(preset.faster_rcnn, weights=None, num_classes=2, **sizes).to(device),
+    "MobileNetV2": mobilenet_v2_detector(2, preset.trunk_weights, **same).to(device),
+    "default": get_model(preset.faster_rcnn, weights=None, num_classes=2, **same).to(device),
 }
 start = {
     name: [p.detach().clone() for p in model.backbone.parameters()] for name, model in models.items()
