@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tutorial_lib import sample
 from tutorial_lib.penn_fudan import PennFudanDataset, boxes_from_masks
 from tutorial_lib.sample import CATEGORIES, draw_scene, write_sample
 from tutorial_lib.weights.pretrain import DrawnScenes
@@ -105,12 +106,24 @@ def test_another_seed_draws_other_images(sample_root, tmp_path):
 
 def test_sample_holds_no_scene_that_the_starter_weights_were_trained_on(sample_root):
     """Else quick's validation and test images would be known to the model before finetuning."""
-    sample = PennFudanDataset(sample_root)
-    training = DrawnScenes(seed=0, start=0, length=len(sample), train=False)
-    drawn = [sample[index][0] for index in range(len(sample))]
-    known = [(training[index][0] * 255).round().to(torch.uint8) for index in range(len(sample))]
+    dataset = PennFudanDataset(sample_root)
+    training = DrawnScenes(seed=0, start=0, length=len(dataset), train=False)
+    drawn = [dataset[index][0] for index in range(len(dataset))]
+    known = [(training[index][0] * 255).round().to(torch.uint8) for index in range(len(dataset))]
     assert [image.shape for image in drawn] != [image.shape for image in known]  # else they begin with the same state
     assert not any(torch.equal(ours, theirs) for ours in drawn for theirs in known)
+
+
+def test_people_alone_are_labelled_in_the_sample(tmp_path, monkeypatch):
+    scenes = []
+    monkeypatch.setattr(sample, "draw_scene", lambda *args: scenes.append(draw_scene(*args)) or scenes[-1])
+    folder = write_sample(tmp_path, num_images=6)
+    scenes = [scene for scene in scenes if "person" in scene[2]]
+    assert any(set(labels) != {"person"} for _, _, labels in scenes)
+    for name, (_, ids, labels) in zip(PennFudanDataset(folder).file_names, scenes, strict=True):
+        people = [number for number, label in enumerate(labels, start=1) if label == "person"]
+        expected = sum((ids == number) * k for k, number in enumerate(people, start=1))
+        assert (read_mask(folder, name) == expected).all()
 
 
 def test_sample_that_is_there_is_not_drawn_again(tmp_path):
@@ -151,6 +164,13 @@ def test_counted_objects_are_in_sight(scenes):
     sizes = [np.bincount(ids.ravel(), minlength=len(labels) + 1)[1:] for _, ids, labels in scenes]
     assert all((size >= 24).all() for size in sizes)
     assert sum(map(len, sizes)) > 100
+
+
+def test_specks_are_not_counted():
+    """In small pictures many objects have fewer than 24 pixels."""
+    for number in range(60):
+        _, ids, labels = draw_scene(np.random.default_rng(number), size=(48, 36), people=(4, 8))
+        assert (np.bincount(ids.ravel(), minlength=len(labels) + 1)[1:] >= 24).all()
 
 
 def test_scenes_hold_every_category(scenes):

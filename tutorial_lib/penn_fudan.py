@@ -8,12 +8,13 @@ Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,7 +63,7 @@ def read_image(path: str | Path, mode: str | None = None) -> Tensor:
     try:
         with Image.open(path) as image:
             return pil_to_tensor(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -99,7 +100,7 @@ class PennFudanDataset(Dataset):
                 raise FileNotFoundError(f"{self._mask_path(name)}, the mask of {name}, is missing")
 
     def _mask_path(self, name: str) -> Path:
-        return self.root / "PedMasks" / name.replace(".png", "_mask.png")
+        return self.root / "PedMasks" / f"{Path(name).stem}_mask.png"
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -168,7 +169,7 @@ def collate_fn(batch: list[tuple]) -> tuple[tuple, ...]:
 
 def _is_penn_fudan(folder: Path) -> bool:
     digest = hashlib.sha256()
-    for path in sorted((folder / "PNGImages").glob("*")) + sorted((folder / "PedMasks").glob("*")):
+    for path in sorted((folder / "PNGImages").glob("*.png")) + sorted((folder / "PedMasks").glob("*.png")):
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest() == DIGEST
@@ -206,17 +207,18 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
         if not zipfile.is_zipfile(archive):
             start = archive.read_bytes()[:60]
             raise RuntimeError(f"{url} gave no zip file, but something that starts with {start!r} (a proxy's page?)")
-        with zipfile.ZipFile(archive) as zipped:
-            outside = [name for name in zipped.namelist() if not _stays_inside(Path(scratch), name)]
-            if outside:
-                raise RuntimeError(f"{url}: the archive would write outside its folder ({outside[0]!r}); not unpacked")
-            try:
-                zipped.extractall(scratch)
-            except (zipfile.BadZipFile, EOFError) as error:
-                raise RuntimeError(f"{url}: the archive is damaged ({error}); try again") from error
+        try:
+            with zipfile.ZipFile(archive) as zipped:
+                outside = [name for name in zipped.namelist() if not _stays_inside(Path(scratch), name)]
+                if not outside:
+                    zipped.extractall(scratch)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+            raise RuntimeError(f"{url}: the archive is damaged or cannot be unpacked ({error}); try again") from error
+        if outside:
+            raise RuntimeError(f"{url}: the archive would write outside its folder ({outside[0]!r}); not unpacked")
         if not _is_penn_fudan(Path(scratch) / "PennFudanPed"):
             raise RuntimeError(f"{url}: the archive does not hold the {NUM_IMAGES} photographs and masks of PennFudan")
-        shutil.move(Path(scratch) / "PennFudanPed", folder)
+        (Path(scratch) / "PennFudanPed").rename(folder)
     return folder
 
 
@@ -236,8 +238,11 @@ def _fetch(url: str, path: Path) -> None:
         _require_https(response.url)  # after redirects
         size = int(response.headers.get("Content-Length", 0))
         with tqdm(total=size or None, unit="B", unit_scale=True, desc="PennFudan", file=sys.stdout, leave=False) as bar:
-            while chunk := response.read(1 << 18):
-                file.write(chunk)
-                bar.update(len(chunk))
+            try:
+                while chunk := response.read(1 << 18):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            except HTTPException as error:
+                raise RuntimeError(f"{url}: the download stopped ({error}); try again") from error
         if size and file.tell() != size:
             raise RuntimeError(f"{url}: the download stopped after {file.tell():,} of {size:,} bytes; try again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,12 @@ from tutorial_lib.sample import write_sample
 
 @dataclass(frozen=True)
 class Preset:
-    """What one preset decides. ``split`` is the number of train, validation and test images."""
+    """What one preset decides.
+
+    ``split`` is the number of train, validation and test images; ``min_size`` and ``max_size`` are in
+    pixels; ``epochs`` is for finetuning (notebook 02), ``scratch_epochs`` for a backbone that is not
+    trained as a detector yet (03), ``long_epochs`` for the full run (04).
+    """
 
     name: str
     data: str
@@ -30,6 +36,7 @@ class Preset:
     batch_size: int
     learning_rate: float
     epochs: int
+    scratch_epochs: int
     long_epochs: int
 
 
@@ -41,16 +48,16 @@ _MINI = {
 PRESETS = {
     "quick": Preset(
         "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=192, max_size=384,
-        batch_size=4, learning_rate=1e-3, epochs=4, long_epochs=6,
+        batch_size=4, learning_rate=1e-3, epochs=4, scratch_epochs=4, long_epochs=6,
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=256, max_size=448,
-        batch_size=4, learning_rate=1e-3, epochs=8, long_epochs=30,
+        batch_size=4, learning_rate=1e-3, epochs=8, scratch_epochs=16, long_epochs=30,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",
         mask_rcnn="maskrcnn_resnet50_fpn", weights="DEFAULT", trunk_weights="DEFAULT",
-        min_size=800, max_size=1333, batch_size=2, learning_rate=1e-4, epochs=5, long_epochs=10,
+        min_size=800, max_size=1333, batch_size=2, learning_rate=1e-4, epochs=5, scratch_epochs=10, long_epochs=10,
     ),
 }  # fmt: skip
 
@@ -106,12 +113,17 @@ def fetch_weights(name: str, weights: str | None = "DEFAULT") -> None:
     if weights is None:
         return
     entry = torchvision.models.get_model_weights(name)[weights]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
+    wanted = torch.hub.HASH_REGEX.search(path.name)
     try:
+        # torch.hub checks what it downloads, not what it finds.
+        if wanted and path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(wanted[1]):
+            raise RuntimeError(f"{path} is not what the hash in its name says; delete it")
         entry.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise RuntimeError(
             f"the weights {entry} of {name} cannot be fetched from {entry.url} ({error}). "
-            f"With no network, put that file into {Path(torch.hub.get_dir()) / 'checkpoints'}, "
+            f"With no network, put that file into {path.parent}, "
             "or set TUTORIAL_PRESET=quick or laptop, whose weights are in the package."
         ) from error
 

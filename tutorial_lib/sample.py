@@ -283,7 +283,7 @@ def draw_scene(
     horizon = rng.uniform(0.25, 0.62)
     image = _background(rng, width, height, horizon)
     names = ["person"] * int(rng.integers(people[0], people[1] + 1))
-    names += list(rng.choice(CATEGORIES[2:], int(rng.integers(others[0], others[1] + 1))))
+    names += rng.choice(CATEGORIES[2:], int(rng.integers(others[0], others[1] + 1))).tolist()
     scale = np.exp(rng.uniform(np.log(0.35), np.log(0.95)))  # height of a person in the front
     crowd = rng.uniform(0.2, 0.8) if rng.random() < 0.35 else None  # people close together
     things = []
@@ -354,7 +354,8 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
     """Write drawn street scenes as a data set in PennFudan's layout, unless it is there already.
 
     Only people are labelled, as in PennFudan; cars, trees and dogs are left for the
-    detector to tell apart. Image i depends on (seed, i) alone.
+    detector to tell apart. Image i depends on (seed, i) alone, and none of them is a
+    scene that the starter weights were trained on.
 
     Args:
         root: the folder to put the data set in; made if need be.
@@ -375,7 +376,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
         for name in ("PNGImages", "PedMasks", "Annotation"):
             (drawn / name).mkdir(parents=True)
         for number in range(num_images):
-            rng = np.random.default_rng([seed, number])
+            rng = np.random.default_rng([seed, number, 1])  # not the scenes of weights/pretrain.py
             people = 0
             while not people:
                 size = (int(rng.integers(200, 320)), int(rng.integers(176, 256)))

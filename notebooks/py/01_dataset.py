@@ -173,6 +173,8 @@ except AssertionError as error:
     print("AssertionError:", error)
 
 # %% [markdown]
+# (The numbers are those of the image as the model has resized it.)
+#
 # The mend is to add one pixel at the right and at the bottom, so that a box ends where
 # the next pixel begins (*half-open*, like a Python slice: `mask[y1:y2, x1:x2]` is the
 # person). Then `x2 - x1` is the width in pixels. The first line of the next cell names

@@ -57,7 +57,7 @@ from tutorial_lib.presets import choose_preset, fetch_weights, prepare_data, pro
 
 preset = choose_preset()
 SEED = 0
-EPOCHS = preset.epochs
+EPOCHS = preset.scratch_epochs
 device = pick_device()
 amp_dtype = pick_amp_dtype(device)
 root = prepare_data(preset)
