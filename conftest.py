@@ -11,7 +11,6 @@ def pytest_configure(config):
         os.environ["TUTORIAL_PRESET"] = "quick"
         config.option.nbval_current_env = True
         config.option.nbval_cell_timeout = 600
-    os.environ.setdefault("MPLBACKEND", "Agg")
     # A notebook opened without installing the library finds it beside the notebooks' folder.
     root = str(Path(__file__).parent)
     sys.path.insert(0, root)

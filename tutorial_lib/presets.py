@@ -48,11 +48,11 @@ _MINI = {
 PRESETS = {
     "quick": Preset(
         "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=192, max_size=384,
-        batch_size=4, learning_rate=1e-3, epochs=4, scratch_epochs=4, long_epochs=6,
+        batch_size=4, learning_rate=1e-3, epochs=4, scratch_epochs=4, long_epochs=10,
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=256, max_size=448,
-        batch_size=4, learning_rate=1e-3, epochs=8, scratch_epochs=16, long_epochs=30,
+        batch_size=4, learning_rate=1e-3, epochs=8, scratch_epochs=12, long_epochs=30,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",

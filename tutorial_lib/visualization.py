@@ -118,7 +118,7 @@ def draw_detector(masks: bool) -> Figure:
         (0.0, 1.2, 1.5, 1.0, grey, "transform\nresize, normalise"),
         (2.3, 1.2, 1.5, 1.0, blue, "backbone\ntrunk (+ FPN)"),
         (4.6, 2.3, 1.6, 1.0, orange, "rpn\nanchors → proposals"),
-        (7.0, 1.2, 1.7, 1.0, green, "roi_heads.box_roi_pool\n7 × 7 features each"),
+        (7.0, 1.2, 1.7, 1.0, green, "roi_heads.\nbox_roi_pool\n7 × 7 each"),
         (9.5, 1.2, 1.5, 1.0, green, "roi_heads.\nbox_head"),
         (11.8, 1.2, 1.7, 1.0, green, "roi_heads.\nbox_predictor"),
     ]
@@ -130,13 +130,13 @@ def draw_detector(masks: bool) -> Figure:
     ]  # fmt: skip
     if masks:
         parts += [
-            (7.0, -0.4, 1.7, 1.0, green, "roi_heads.mask_roi_pool\n14 × 14 features each"),
+            (7.0, -0.4, 1.7, 1.0, green, "roi_heads.\nmask_roi_pool\n14 × 14 each"),
             (9.5, -0.4, 1.5, 1.0, green, "roi_heads.\nmask_head"),
             (11.8, -0.4, 1.7, 1.0, green, "roi_heads.\nmask_predictor"),
         ]
         arrows += [
             ((3.8, 1.4), (7.0, 0.2), ""), ((8.7, 0.1), (9.5, 0.1), ""), ((11.0, 0.1), (11.8, 0.1), ""),
-            ((13.5, 0.1), (14.2, 0.1), "masks\n28 × 28"),
+            ((13.5, 0.1), (14.2, 0.1), "masks\n28 × 28"), ((12.3, 1.2), (8.7, 0.45), "boxes, when testing"),
         ]  # fmt: skip
     figure, axes = plt.subplots(figsize=(13, 3.6 if masks else 2.8), layout="constrained")
     for x, y, width, height, colour, text in parts:
@@ -148,7 +148,9 @@ def draw_detector(masks: bool) -> Figure:
         if end[0] > 14:
             axes.text(end[0] + 0.1, end[1], text, va="center", fontsize=8)
         else:
-            axes.text(x, y + 0.1, text, ha="center", va="bottom", fontsize=8)
+            sloping = start[1] != end[1]
+            align, shift = ("left", 0.15) if end[0] > start[0] else ("right", -0.3)
+            axes.text(x + shift * sloping, y + 0.1, text, ha=align if sloping else "center", va="bottom", fontsize=8)
     axes.set(xlim=(-1, 15.4), ylim=(-0.6 if masks else 1.0, 3.5))
     axes.axis("off")
     return figure

@@ -450,6 +450,7 @@ except RuntimeError as error:
 # So the detection models take a *list* of images and a list of targets, and
 # `collate_fn` only sorts a batch of pairs into a pair of tuples:
 
+
 # %% tags=["copy-me"]
 # tutorial_lib/penn_fudan.py
 def collate_fn(batch: list[tuple]) -> tuple[tuple, ...]:

@@ -113,9 +113,7 @@ assert features.shape[1] == trunk.out_channels
 # %%
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-anchor_generator = AnchorGenerator(
-    sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)
-)
+anchor_generator = AnchorGenerator(sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),))
 print(anchor_generator.num_anchors_per_location())
 
 # %% [markdown]
@@ -135,8 +133,13 @@ from tutorial_lib.visualization import show
 
 plain = PennFudanDataset(root, get_transform(train=False))
 resize = FasterRCNN(
-    trunk, num_classes=2, rpn_anchor_generator=anchor_generator,
-    min_size=preset.min_size, max_size=preset.max_size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
+    trunk,
+    num_classes=2,
+    rpn_anchor_generator=anchor_generator,
+    min_size=preset.min_size,
+    max_size=preset.max_size,
+    image_mean=[0, 0, 0],
+    image_std=[1, 1, 1],
 ).transform
 batch, (target,) = resize(*(list(part) for part in collate_fn([plain[0]])))
 height, width = batch.tensors.shape[-2:]
@@ -145,8 +148,13 @@ middle = (height // 64) * (width // 32) + width // 64
 anchors = all_anchors.reshape(-1, 15, 4)[middle]
 
 image = batch.tensors[0]
-show([image, image], [{"boxes": target["boxes"]}, {"boxes": anchors}],
-     ["what is to be found", "the 15 anchors of one place"], columns=2, cell=(5.5, 4.5))
+show(
+    [image, image],
+    [{"boxes": target["boxes"]}, {"boxes": anchors}],
+    ["what is to be found", "the 15 anchors of one place"],
+    columns=2,
+    cell=(5.5, 4.5),
+)
 plt.show()
 
 # %% [markdown]
@@ -189,9 +197,7 @@ def mobilenet_v2_detector(num_classes, trunk_weights=None, **kwargs):
     return FasterRCNN(
         trunk,
         num_classes=num_classes,
-        rpn_anchor_generator=AnchorGenerator(
-            sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)
-        ),
+        rpn_anchor_generator=AnchorGenerator(sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)),
         box_roi_pool=MultiScaleRoIAlign(featmap_names=["0"], output_size=7, sampling_ratio=2),
         **kwargs,
     )
@@ -203,13 +209,16 @@ def mobilenet_v2_detector(num_classes, trunk_weights=None, **kwargs):
 # Each of these mistakes is made on purpose. The first three look right and fail
 # only when the first image comes through; this function sends one:
 
+
 # %%
 def attempt(channels=1280, sizes=((32, 64, 128),), ratios=((0.5, 1.0, 2.0),), names=("0",)):
     trunk = mobilenet_v2(weights=None).features
     trunk.out_channels = channels
     try:
         model = FasterRCNN(
-            trunk, num_classes=2, min_size=128,
+            trunk,
+            num_classes=2,
+            min_size=128,
             rpn_anchor_generator=AnchorGenerator(sizes=sizes, aspect_ratios=ratios),
             box_roi_pool=MultiScaleRoIAlign(list(names), output_size=7, sampling_ratio=2),
         )
@@ -262,9 +271,7 @@ from torch.utils.data import DataLoader
 augmented = PennFudanDataset(root, get_transform(train=True))
 train_set, _, _ = split_dataset(augmented, preset.split, SEED)
 _, val_set, test_set = split_dataset(plain, preset.split, SEED)
-train_loader = DataLoader(
-    train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn
-)
+train_loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
 val_loader = DataLoader(val_set, preset.batch_size, collate_fn=collate_fn)
 test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 
@@ -279,9 +286,7 @@ models = {
     "MobileNetV2": mobilenet_v2_detector(2, preset.trunk_weights, **same).to(device),
     "default": get_model(preset.faster_rcnn, weights=None, num_classes=2, **same).to(device),
 }
-start = {
-    name: [p.detach().clone() for p in model.backbone.parameters()] for name, model in models.items()
-}
+start = {name: [p.detach().clone() for p in model.backbone.parameters()] for name, model in models.items()}
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -298,9 +303,7 @@ for name, model in models.items():
     schedule = warmup_cosine(optimizer, steps, EPOCHS * steps)
     for epoch in range(1, EPOCHS + 1):
         begun = time.perf_counter()
-        losses = train_one_epoch(
-            model, optimizer, train_loader, device, lr_scheduler=schedule, amp_dtype=amp_dtype
-        )
+        losses = train_one_epoch(model, optimizer, train_loader, device, lr_scheduler=schedule, amp_dtype=amp_dtype)
         train_seconds[name] += time.perf_counter() - begun
         box = evaluate(model, val_loader, device, amp_dtype=amp_dtype).box
         history[name].append({"loss": losses["loss"], "AP50": box.AP50})
@@ -323,9 +326,7 @@ print("all trainable backbone parameters moved, and both losses fell")
 # %%
 from tutorial_lib.visualization import plot_history
 
-curves = [
-    {name: [row[key] for row in rows] for name, rows in history.items()} for key in ("loss", "AP50")
-]
+curves = [{name: [row[key] for row in rows] for name, rows in history.items()} for key in ("loss", "AP50")]
 plot_history(curves, ["training loss", "AP50 on validation"])
 plt.show()
 
@@ -333,6 +334,7 @@ plt.show()
 # ## Parameters, speed and AP
 #
 # Inference is timed on the test images, after a first batch that is not counted:
+
 
 # %%
 @torch.inference_mode()
