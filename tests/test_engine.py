@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from tutorial_lib import engine
 from tutorial_lib.engine import (
+    autocast_backbone,
     evaluate,
     load_checkpoint,
-    pick_amp_dtype,
     pick_device,
     predict,
     save_checkpoint,
@@ -129,14 +130,9 @@ def test_pick_device(monkeypatch, cuda, mps, expected):
 
 @pytest.mark.parametrize(
     ("device", "supported", "expected"),
-    [
-        ("cuda", True, torch.bfloat16),
-        ("cuda", False, None),
-        ("mps", True, None),
-        ("cpu", True, None),
-    ],
+    [("cuda", True, True), ("cuda", False, False), ("mps", True, False), ("cpu", True, False)],
 )
-def test_pick_amp_dtype(monkeypatch, device, supported, expected):
+def test_autocast_backbone_where_the_device_has_bfloat16(monkeypatch, device, supported, expected):
     asked = []
 
     def is_bf16_supported(including_emulation=True):
@@ -144,7 +140,9 @@ def test_pick_amp_dtype(monkeypatch, device, supported, expected):
         return supported
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert pick_amp_dtype(torch.device(device)) is expected
+    model = mini_model()
+    assert autocast_backbone(model, torch.device(device)) is expected
+    assert ("forward" in vars(model.backbone)) is expected
     assert asked == ([False] if device == "cuda" else [])  # emulated bfloat16 is slower than float32
 
 
@@ -220,11 +218,10 @@ def test_evaluate_uses_evaluation_mode_and_leaves_the_mode_as_it_was(dataset, tr
     assert oracle.training is training and oracle.norm.training is training
 
 
-@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
-def test_evaluate_a_real_model(dataset, amp_dtype):
+def test_evaluate_a_real_model(dataset):
     model = mini_model()
     before = snapshot(model.state_dict().items())
-    results = evaluate(model, loader(Subset(dataset, [0, 1])), CPU, amp_dtype=amp_dtype, progress=False)
+    results = evaluate(model, loader(Subset(dataset, [0, 1])), CPU, progress=False)
     assert results.num_images == 2 and 0 <= results.box.AP <= 1 and 0 <= results.mask.AP <= 1
     assert same(before, model.state_dict())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -290,18 +287,26 @@ def test_the_same_seed_gives_the_same_weights(dataset):
     assert not same(first, other)
 
 
-def test_train_one_epoch_in_bfloat16(dataset):
+@pytest.mark.parametrize("backbone", ["fpn", "bare"])
+def test_training_with_the_backbone_in_bfloat16(monkeypatch, dataset, backbone):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     model = mini_model()
+    if backbone == "bare":  # a trunk that gives a tensor, as in notebook 03
+        model.backbone.forward = lambda x, forward=model.backbone.forward: forward(x)["0"]
+        model.roi_heads.box_roi_pool.featmap_names = model.roi_heads.mask_roi_pool.featmap_names = ["0"]
+        model.rpn.anchor_generator = AnchorGenerator(((16, 32, 64),), ((1.0,),))
+    assert autocast_backbone(model, torch.device("cuda"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before = snapshot(model.named_parameters())
-    seen = []
-    model.backbone.register_forward_hook(lambda module, args, out: seen.append(next(iter(out.values())).dtype))
-    batches = loader(Subset(dataset, [0, 1]))
-    losses = train_one_epoch(model, optimizer, batches, CPU, amp_dtype=torch.bfloat16, progress=False)
-    assert seen == [torch.bfloat16]
+    inside, outside, boxes = [], [], []
+    model.backbone.body["0"].register_forward_hook(lambda module, args, out: inside.append(out.dtype))
+    model.rpn.register_forward_hook(lambda module, args, out: boxes.extend(box.dtype for box in out[0]))
+    model.rpn.head.register_forward_hook(lambda module, args, out: outside.append(out[0][0].dtype))
+    losses = train_one_epoch(model, optimizer, loader(Subset(dataset, [0, 1])), CPU, progress=False)
+    assert set(inside) == {torch.bfloat16} and set(outside) == set(boxes) == {torch.float32}
     assert math.isfinite(losses["loss"])
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert not same(before, dict(model.named_parameters()))
+    assert set(model.state_dict()) == set(mini_model().state_dict())
     assert not torch.is_autocast_enabled("cpu")
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tutorial_lib.penn_fudan import PennFudanDataset
-from tutorial_lib.visualization import plot_history, show
+from tutorial_lib.visualization import draw_detector, plot_history, show
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +209,23 @@ def test_plot_history_counts_whole_epochs():
 def test_plot_history_refuses_a_label_too_few():
     with pytest.raises(ValueError):
         plot_history([{"loss": [1.0]}, {"AP": [0.1]}], ["loss"])
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_words_of_the_diagram_fit_its_boxes(masks):
+    figure = draw_detector(masks)
+    (axes,) = figure.axes
+    renderer = figure.canvas.get_renderer()
+    figure.canvas.draw()
+    boxes = [patch.get_window_extent(renderer) for patch in axes.patches]
+    words = [text for text in axes.texts if text.get_text()]
+    assert any("mask_predictor" in text.get_text() for text in words) is masks
+    inside = 0
+    for text in words:
+        extent = text.get_window_extent(renderer)
+        middle = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+        for box in boxes:
+            if box.contains(*middle):
+                assert box.x0 <= extent.x0 and extent.x1 <= box.x1 and box.y0 <= extent.y0 and extent.y1 <= box.y1
+                inside += 1
+    assert inside == len(boxes)

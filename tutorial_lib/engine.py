@@ -28,11 +28,34 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_amp_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype for mixed precision: bfloat16 on a CUDA card that computes in it, else None (float32)."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return None
+def autocast_backbone(model: nn.Module, device: torch.device) -> bool:
+    """Mixed precision, in place: the backbone computes in bfloat16 on a CUDA card that can, the rest in float32.
+
+    Autocast over a whole detector would round its boxes too: bfloat16 has 8 significant
+    bits, so beyond 512 pixels a coordinate could only be a multiple of 4. The backbone
+    is where most of the time goes.
+
+    Args:
+        model: with a ``backbone`` that gives a tensor or a dict of them, as torchvision's detectors.
+
+    Returns:
+        Whether anything was changed: not on other devices, nor on cards before Ampere.
+
+    Source: notebook 04.
+    """
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
+    forward = model.backbone.forward
+
+    def in_bfloat16(images: Tensor) -> Tensor | dict[str, Tensor]:
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            features = forward(images)
+        if isinstance(features, Tensor):
+            return features.float()
+        return {name: feature.float() for name, feature in features.items()}
+
+    model.backbone.forward = in_bfloat16
+    return True
 
 
 def to_device(images: Iterable[Tensor], targets: Iterable[dict], device: torch.device) -> tuple[list, list]:
@@ -52,7 +75,6 @@ def train_one_epoch(
     device: torch.device,
     *,
     lr_scheduler: LRScheduler | None = None,
-    amp_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Train for one pass over the loader.
@@ -62,7 +84,6 @@ def train_one_epoch(
             torchvision's detection models do.
         data_loader: gives (images, targets); see :func:`tutorial_lib.penn_fudan.collate_fn`.
         lr_scheduler: stepped after every batch.
-        amp_dtype: ``torch.bfloat16`` for mixed precision, None for float32.
         progress: show a bar.
 
     Returns:
@@ -80,9 +101,8 @@ def train_one_epoch(
     history = []
     for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
         images, targets = to_device(images, targets, device)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            losses = model(images, targets)
-            loss = sum(losses.values())
+        losses = model(images, targets)
+        loss = sum(losses.values())
         if not torch.isfinite(loss):
             raise_non_finite(losses, targets)
         optimizer.zero_grad()
@@ -138,14 +158,7 @@ def validation_loss(model: nn.Module, data_loader: DataLoader, device: torch.dev
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    data_loader: DataLoader,
-    device: torch.device,
-    *,
-    amp_dtype: torch.dtype | None = None,
-    progress: bool = True,
-) -> CocoResults:
+def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *, progress: bool = True) -> CocoResults:
     """COCO box and mask AP on the images of the loader, each of which is read once.
 
     Args:
@@ -159,8 +172,7 @@ def evaluate(
     with _mode_kept(model):
         model.eval()
         for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                predictions = model([image.to(device) for image in images])
+            predictions = model([image.to(device) for image in images])
             for image, target, prediction in zip(images, targets, predictions, strict=True):
                 size = tuple(image.shape[-2:])
                 sizes.append(size)

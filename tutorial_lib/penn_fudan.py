@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
@@ -55,14 +55,15 @@ def read_image(path: str | Path, mode: str | None = None) -> Tensor:
     """An image file as uint8 [C, H, W].
 
     Args:
-        mode: ``"RGB"`` to convert to it; None to leave grey values and palette indices as they are.
+        mode: ``"RGB"`` to convert to it, turned as the camera's EXIF note says; None to leave
+            grey values and palette indices as they are.
 
     Raises:
         ValueError: it cannot be read as an image; the message names it.
     """
     try:
         with Image.open(path) as image:
-            return pil_to_tensor(image.convert(mode) if mode else image)
+            return pil_to_tensor(ImageOps.exif_transpose(image).convert(mode) if mode else image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 

@@ -128,9 +128,14 @@ def fetch_weights(name: str, weights: str | None = "DEFAULT") -> None:
         ) from error
 
 
-def provenance(preset: Preset, device: torch.device) -> str:
-    """One line that says what the numbers of a run were made with."""
-    weights = "starter weights (drawn scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
+def provenance(preset: Preset, device: torch.device, weights: str | None = None) -> str:
+    """One line that says what the numbers of a run were made with.
+
+    Args:
+        weights: what the models start from, where that is not the preset's detector weights.
+    """
+    if weights is None:
+        weights = "starter weights (drawn scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
     where = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()

@@ -11,7 +11,7 @@ def get_transform(train: bool) -> v2.Transform:
 
     Args:
         train: with a random horizontal flip and random changes of brightness,
-            contrast, saturation and hue.
+            contrast, saturation, hue and the order of the colour channels.
 
     Returns:
         A transform of (image, target) to float32 [3, H, W] in [0, 1] and plain

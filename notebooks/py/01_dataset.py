@@ -51,8 +51,8 @@ if importlib.util.find_spec("tutorial_lib") is None:
 
 # %% [markdown]
 # The preset is the one dial: it decides where the data come from. Choose it here,
-# `choose_preset("laptop")`, or with the environment variable `TUTORIAL_PRESET`. Where
-# there is no choice it is `full` on a CUDA card and `quick` elsewhere.
+# `choose_preset("laptop")`, or with the environment variable `TUTORIAL_PRESET`. If
+# you choose nothing, it is `full` where there is a CUDA card and `quick` elsewhere.
 
 # %% tags=["nbval-ignore-output"]
 import torch
@@ -63,16 +63,16 @@ from tutorial_lib.presets import choose_preset, prepare_data, provenance
 preset = choose_preset()
 SEED = 0
 root = prepare_data(preset)
-print(provenance(preset, pick_device()))
+print(provenance(preset, pick_device(), weights="no model is trained here"))
 
 # %% [markdown]
 # ## One image and its mask
 #
-# PennFudan is a set of 170 photographs of streets and campuses in Pennsylvania and
-# at Fudan University, published with [a paper of
-# 2007](https://www.cis.upenn.edu/~jshi/ped_html/) by Wang, Shi, Song and Shen. Every
-# person in them was outlined by hand. It is for your own work: its `readme.txt` says
-# that it may not be reposted, so this project downloads it and never carries it.
+# PennFudan is a set of 170 photographs from around the University of Pennsylvania and
+# Fudan University, published with [a paper of
+# 2007](https://www.cis.upenn.edu/~jshi/ped_html/) by Wang, Shi, Song and Shen. The
+# people in them are outlined, pixel by pixel. Its `readme.txt` says that such works may
+# not be reposted without permission, so this project downloads it and never carries it.
 #
 # At the `quick` preset the pictures are drawn by `tutorial_lib/sample.py` and laid out
 # in the same folders, so every line below is the same.
@@ -111,7 +111,7 @@ for folder in ("PNGImages", "PedMasks", "Annotation"):
 # ## From a mask to instances
 #
 # Take a mask small enough to print: two people, of which the second is one pixel
-# wide, as a lamp post or a person half behind a wall can be.
+# wide, as a person almost hidden behind a wall can be.
 
 # %%
 toy_mask = torch.tensor(
@@ -175,7 +175,7 @@ except AssertionError as error:
 # %% [markdown]
 # (The numbers are those of the image as the model has resized it.)
 #
-# The mend is to add one pixel at the right and at the bottom, so that a box ends where
+# The fix is to add one pixel at the right and at the bottom, so that a box ends where
 # the next pixel begins (*half-open*, like a Python slice: `mask[y1:y2, x1:x2]` is the
 # person). Then `x2 - x1` is the width in pixels. The first line of the next cell names
 # the file of the library where the same function stands; later notebooks import it.
@@ -311,7 +311,7 @@ assert all(torch.equal(target[k], my_target[k]) for k in ("boxes", "labels", "ma
 # | field | type and shape | meaning |
 # |---|---|---|
 # | `boxes` | float32 `[N, 4]` | `x1, y1, x2, y2` in pixels of this image, half-open |
-# | `labels` | int64 `[N]` | the class; 1 is person. **0 is kept for the background**, so two classes are `num_classes=2` with one of them here |
+# | `labels` | int64 `[N]` | the class; 1 is person. **0 is kept for the background**, so a detector of people alone has `num_classes=2` |
 # | `masks` | uint8 `[N, H, W]` | 1 where the person is seen |
 # | `image_id` | int | names the image; evaluation and error messages use it |
 # | `area` | float32 `[N]` | pixels of the mask; COCO sorts people into small, medium and large by it |
@@ -320,11 +320,24 @@ assert all(torch.equal(target[k], my_target[k]) for k in ("boxes", "labels", "ma
 # %%
 n, (height, width) = len(target["labels"]), image.shape[-2:]
 assert image.dtype == torch.uint8 and image.shape == (3, height, width)
-assert target["boxes"].dtype == torch.float32 and target["boxes"].shape == (n, 4)
-assert target["labels"].dtype == torch.int64 and target["labels"].unique().tolist() == [1]
-assert target["masks"].dtype == torch.uint8 and target["masks"].shape == (n, height, width)
+assert target["boxes"].dtype == torch.float32 and target["boxes"].shape == (
+    n,
+    4,
+)
+assert target["labels"].dtype == torch.int64 and target["labels"].unique().tolist() == [
+    1
+]
+assert target["masks"].dtype == torch.uint8 and target["masks"].shape == (
+    n,
+    height,
+    width,
+)
 assert target["area"].dtype == torch.float32 and target["iscrowd"].sum() == 0
-print(type(image).__name__, type(target["boxes"]).__name__, type(target["masks"]).__name__)
+print(
+    type(image).__name__,
+    type(target["boxes"]).__name__,
+    type(target["masks"]).__name__,
+)
 
 # %% [markdown]
 # Drawn on the image, one colour for each person:
@@ -366,9 +379,10 @@ _, turned = turn(image, target)
 assert not torch.equal(turned["boxes"], boxes_from_masks(turned["masks"]))
 
 # %% [markdown]
-# So for training we flip, and change colours. `ToDtype(..., scale=True)` turns uint8 in
-# [0, 255] into float32 in [0, 1], and `ToPureTensor` drops the tensor types when they
-# have done their work. Nothing is resized or normalised: the model does both itself, and
+# So for training we flip, and distort the colours: brightness, contrast, saturation, hue,
+# and now and then the order of the channels (hence a blue face). `ToDtype(..., scale=True)`
+# turns uint8 in [0, 255] into float32 in [0, 1], and `ToPureTensor` turns the image, boxes
+# and masks back into plain tensors. Nothing is resized or normalised: the model does both itself, and
 # scales its detections back to the size of your image.
 
 # %% tags=["copy-me"]
@@ -378,7 +392,10 @@ from torchvision.transforms import v2
 
 
 def get_transform(train: bool) -> v2.Transform:
-    augment = [v2.RandomHorizontalFlip(p=0.5), v2.RandomPhotometricDistort(p=0.5)]
+    augment = [
+        v2.RandomHorizontalFlip(p=0.5),
+        v2.RandomPhotometricDistort(p=0.5),
+    ]
     convert = [v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
     return v2.Compose([*augment, *convert] if train else convert)
 
@@ -397,8 +414,9 @@ plt.show()
 # ## Train, validation and test
 #
 # Three parts: one to learn from, one to choose by (when to stop, which learning rate),
-# and one that is read **once**, at the end. The classic text has two, and chooses
-# its best epoch on the test images; a number found like that is better than it should be.
+# and one that is read **once**, at the end. The classic text has two, and reads the test
+# images after every epoch. Whoever then reports the best of those epochs reports a number
+# that is better than it should be.
 
 # %% tags=["copy-me"]
 # tutorial_lib/penn_fudan.py
@@ -408,13 +426,20 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 
-def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int) -> tuple[Subset, ...]:
+def split_dataset(
+    dataset: Dataset, sizes: Sequence[int], seed: int
+) -> tuple[Subset, ...]:
     if min(sizes) < 1 or sum(sizes) > len(dataset):
         parts = f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)}"
         raise ValueError(f"{parts}, the data set's length")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(
+        len(dataset), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    return tuple(Subset(dataset, order[end - size : end]) for size, end in zip(sizes, ends, strict=True))
+    return tuple(
+        Subset(dataset, order[end - size : end])
+        for size, end in zip(sizes, ends, strict=True)
+    )
 
 
 # %% [markdown]
@@ -490,13 +515,17 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 ratio = (box_height / box_width).median().item()
 tenths = torch.quantile(box_height, torch.tensor([0.1, 0.5, 0.9])).tolist()
-print(f"{len(boxes)} people in {len(dataset)} images, {len(boxes) / len(dataset):.1f} each")
-print(f"box height: 10 % under {tenths[0]:.0f}, half under {tenths[1]:.0f}, 90 % under {tenths[2]:.0f} pixels")
+print(
+    f"{len(boxes)} people in {len(dataset)} images, {len(boxes) / len(dataset):.1f} each"
+)
+print(
+    f"box height: 10 % under {tenths[0]:.0f}, half under {tenths[1]:.0f}, 90 % under {tenths[2]:.0f} pixels"
+)
 print(f"median aspect ratio {ratio:.1f}")
 
 # %% [markdown]
 # People are tall: the anchors of torchvision's models come in ratios 0.5, 1 and 2, and
-# the median person is beyond the last of these. It works all the same, because anchors only have
+# in the photographs the median person, at 2.7, is beyond the last of these. It works all the same, because anchors only have
 # to be near enough for the regressor; notebook 03 comes back to it.
 #
 # ## A good case, and a difficult one
@@ -508,7 +537,13 @@ print(f"median aspect ratio {ratio:.1f}")
 smallest = [min(target["area"], default=torch.inf) for target in all_targets]
 chosen = [int(np.argmax(counts)), int(np.argmin(smallest))]
 images, targets = zip(*(dataset[i] for i in chosen), strict=True)
-show(images, targets, titles=["most people", "smallest person"], columns=2, cell=(5.5, 4))
+show(
+    images,
+    targets,
+    titles=["most people", "smallest person"],
+    columns=2,
+    cell=(5.5, 4),
+)
 plt.show()
 
 # %% [markdown]
@@ -527,7 +562,7 @@ plt.show()
 #    agree with their masks.
 #    <details><summary>Hint</summary>Compare <code>target["boxes"]</code> with <code>boxes_from_masks(target["masks"])</code>.</details>
 # 2. Use `v2.RandomPerspective` for training without the loose boxes.
-#    <details><summary>Hint</summary>A transform can be any function of (image, target): compute the boxes again from the masks at the end, and drop people who left the picture (<code>v2.SanitizeBoundingBoxes</code>).</details>
+#    <details><summary>Hint</summary>A transform can be any function of (image, target): at the end, drop the people who left the picture (<code>keep = masks.flatten(1).any(dim=1)</code>, an index for every field), and compute boxes and areas again from the masks.</details>
 # 3. Read your own data: masks of one person per file, say, or a COCO file.
 #    <details><summary>Hint</summary>Only <code>__getitem__</code> changes; for COCO see <code>torchvision.datasets.wrap_dataset_for_transforms_v2</code>.</details>
 

@@ -49,18 +49,26 @@ if importlib.util.find_spec("tutorial_lib") is None:
     packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
+# %% [markdown]
+# The preset, as in notebook 01. `fetch_weights` downloads what the preset needs now, so that a
+# missing network stops us here and not in the middle.
+
 # %% tags=["nbval-ignore-output"]
 import torch
 
 import tutorial_lib.models  # registers the small models with torchvision
-from tutorial_lib.engine import pick_amp_dtype, pick_device
-from tutorial_lib.presets import choose_preset, fetch_weights, prepare_data, provenance
+from tutorial_lib.engine import pick_device
+from tutorial_lib.presets import (
+    choose_preset,
+    fetch_weights,
+    prepare_data,
+    provenance,
+)
 
 preset = choose_preset()
 SEED = 0
 EPOCHS = preset.epochs
 device = pick_device()
-amp_dtype = pick_amp_dtype(device)
 root = prepare_data(preset)
 fetch_weights(preset.faster_rcnn, preset.weights)
 print(provenance(preset, device))
@@ -83,7 +91,7 @@ plt.show()
 # 1. `transform` resizes and normalises the images and pads them to one batch.
 # 2. `backbone` is a classification network without its classifier. It turns the
 #    batch into feature maps; with a feature pyramid (FPN), into one for each of several scales.
-# 3. `rpn`, the region proposal network, looks at every place of the feature maps, where
+# 3. `rpn`, the region proposal network, looks at every place (cell) of the feature maps, where
 #    it has a few boxes of fixed sizes, the *anchors*. For each it says whether there
 #    is an object (any object) and how the anchor should be moved. The best are the *proposals*.
 # 4. `roi_heads.box_roi_pool` cuts the features under each proposal out, as 7 × 7 values
@@ -122,7 +130,12 @@ plt.show()
 from torchvision.models import get_model, get_model_weights
 
 weights = get_model_weights(preset.faster_rcnn)[preset.weights]
-model = get_model(preset.faster_rcnn, weights=weights, min_size=preset.min_size, max_size=preset.max_size).to(device)
+model = get_model(
+    preset.faster_rcnn,
+    weights=weights,
+    min_size=preset.min_size,
+    max_size=preset.max_size,
+).to(device)
 categories = weights.meta["categories"]
 print(categories[:2])
 assert categories.index("person") == 1
@@ -145,44 +158,49 @@ train_set, _, _ = split_dataset(augmented, preset.split, SEED)
 _, val_set, test_set = split_dataset(plain, preset.split, SEED)
 
 torch.manual_seed(SEED)
-train_loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
+train_loader = DataLoader(
+    train_set,
+    preset.batch_size,
+    shuffle=True,
+    drop_last=True,
+    collate_fn=collate_fn,
+)
 val_loader = DataLoader(val_set, preset.batch_size, collate_fn=collate_fn)
 test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import evaluate
 
-zero_shot = evaluate(model, test_loader, device, amp_dtype=amp_dtype)
+zero_shot = evaluate(model, test_loader, device)
 print(zero_shot)
 
 # %% [markdown]
 # How to read it: **AP** is COCO's average precision, the area under the
-# precision-recall curve, averaged over how exactly a box has to fit (an overlap, IoU, of 0.50,
-# 0.55 … 0.95). AP50 asks for an IoU of 0.5 only. AR is the recall with up to 100 detections an
-# image. All are between 0 and 1; "no such objects" means there was nothing to measure
-# on. Notebook 05 is going to take these numbers apart.
+# precision-recall curve, averaged over how exactly a box has to fit: an IoU of at least 0.50,
+# 0.55 … 0.95. IoU, *intersection over union*, is the area that two boxes share divided by the
+# area that they cover together. AP50 asks for an IoU of 0.5 only. AR is the recall with up to
+# 100 detections an image, averaged over the same thresholds. All are between 0 and 1; "no such
+# objects" means there was nothing to measure on.
 #
 # And how it looks, with the detections that score at least 0.5. The model also draws
 # boxes around what else it knows:
 
 # %%
 from tutorial_lib.engine import predict
+from tutorial_lib.visualization import show
 
 shown = [test_set[i] for i in range(3)]
 images, targets = zip(*shown, strict=True)
 before = predict(model, images, device, score_threshold=0.5)
-show_before = [{k: v for k, v in p.items() if k != "masks"} for p in before]
-
-from tutorial_lib.visualization import show
-
-show(images, show_before, categories=categories)
+show(images, before, categories=categories)
 plt.show()
 
 # %% [markdown]
 # ## Replace the predictor
 #
 # The model's `box_predictor` has two linear layers on the same input. `cls_score` has an
-# output for each class it was trained on, `bbox_pred` four for each:
+# output for each class it was trained on, `bbox_pred` four for each (at `full` that is 91:
+# COCO's numbers run to 90, with gaps, and 0 is the background):
 
 # %% tags=["nbval-ignore-output"]
 print(model.roi_heads.box_predictor)
@@ -213,8 +231,10 @@ assert set(kept) | set(new) == set(old_parameters)
 
 # %% [markdown]
 # Four tensors are new and random; the transform, the backbone, the RPN and the box head are
-# as they were. Hence so few pictures are enough: nearly all of the model already
-# knows how to see. As a function of the library, for later notebooks:
+# as they were. That is why so few pictures are enough: nearly all of the model already
+# knows how to see. (Not all of it will be trained, either: of a pre-trained ResNet-50, torchvision
+# freezes the first two of five stages and every BatchNorm, so the optimizer below is
+# given only what has `requires_grad`.) As a function of the library, for later notebooks:
 
 # %% tags=["copy-me"]
 # tutorial_lib/models.py
@@ -237,7 +257,10 @@ def replace_box_predictor(model: FasterRCNN, num_classes: int) -> FasterRCNN:
 # %%
 images, targets = next(iter(train_loader))
 images = [image.to(device) for image in images]
-targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+targets = [
+    {k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()}
+    for t in targets
+]
 model.train()
 losses = model(images, targets)
 print("training:  ", sorted(losses))
@@ -263,14 +286,15 @@ print("evaluation:", sorted(detections[0]))
 # %%
 mask_rcnn = get_model("maskrcnn_mini_fpn", weights=None, num_classes=2).train()
 mask_losses = mask_rcnn(
-    [i.cpu() for i in images], [{k: v.cpu() if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+    [i.cpu() for i in images],
+    [{k: v.cpu() if torch.is_tensor(v) else v for k, v in t.items()} for t in targets],
 )
 assert set(mask_losses) - set(losses) == {"loss_mask"}
 
 # %% [markdown]
 # ## One step by hand
 #
-# Training minimises the sum of the losses. One step has no more to it than for a classifier:
+# Training minimises the sum of the losses. A step is the same as for a classifier:
 
 # %% tags=["nbval-ignore-output"]
 parameters = [p for p in model.parameters() if p.requires_grad]
@@ -282,15 +306,17 @@ loss = sum(losses.values())
 optimizer.zero_grad()
 loss.backward()
 optimizer.step()
-print(f"loss {loss.item():.3f} =", " + ".join(f"{v.item():.3f}" for v in losses.values()))
+print(
+    f"loss {loss.item():.3f} =",
+    " + ".join(f"{v.item():.3f}" for v in losses.values()),
+)
 
 # %% [markdown]
 # ## The loop
 #
 # Around that step, the library's `train_one_epoch` puts what a real run needs: a
-# progress bar, the learning rate's schedule, mixed precision where the
-# device has it, and a stop when the loss is no longer a number (one such step spoils every
-# weight, and all that follows is wasted).
+# progress bar, the learning rate's schedule, and a stop when the loss is no longer a number
+# (one such step spoils every weight, and all that follows is wasted).
 
 # %% tags=["copy-me"]
 # tutorial_lib/engine.py
@@ -312,16 +338,16 @@ def train_one_epoch(
     device: torch.device,
     *,
     lr_scheduler: LRScheduler | None = None,
-    amp_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     model.train()
     history = []
-    for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
+    for images, targets in tqdm(
+        data_loader, file=sys.stdout, leave=False, disable=not progress
+    ):
         images, targets = to_device(images, targets, device)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            losses = model(images, targets)
-            loss = sum(losses.values())
+        losses = model(images, targets)
+        loss = sum(losses.values())
         if not torch.isfinite(loss):
             raise_non_finite(losses, targets)
         optimizer.zero_grad()
@@ -329,10 +355,19 @@ def train_one_epoch(
         optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()
-        history.append({"loss": loss.item(), **{name: value.item() for name, value in losses.items()}})
+        history.append(
+            {
+                "loss": loss.item(),
+                **{name: value.item() for name, value in losses.items()},
+            }
+        )
     if not history:
-        raise ValueError("data_loader gives no batches: it is empty, or drop_last leaves nothing of it")
-    return {name: sum(step[name] for step in history) / len(history) for name in history[0]}
+        raise ValueError(
+            "data_loader gives no batches: it is empty, or drop_last leaves nothing of it"
+        )
+    return {
+        name: sum(step[name] for step in history) / len(history) for name in history[0]
+    }
 
 
 # %% [markdown]
@@ -349,17 +384,24 @@ steps = len(train_loader)
 schedule = warmup_cosine(optimizer, warmup_steps=steps, total_steps=EPOCHS * steps)
 history = []
 for epoch in range(1, EPOCHS + 1):
-    losses = train_one_epoch(model, optimizer, train_loader, device, lr_scheduler=schedule, amp_dtype=amp_dtype)
-    box = evaluate(model, val_loader, device, amp_dtype=amp_dtype).box
+    losses = train_one_epoch(
+        model, optimizer, train_loader, device, lr_scheduler=schedule
+    )
+    box = evaluate(model, val_loader, device).box
     history.append({**losses, "AP": box.AP, "AP50": box.AP50})
-    print(f"epoch {epoch}/{EPOCHS}  loss {losses['loss']:.3f}  validation AP {box.AP:.3f}")
+    print(
+        f"epoch {epoch}/{EPOCHS}  loss {losses['loss']:.3f}  validation AP {box.AP:.3f}"
+    )
 
 # %%
 from tutorial_lib.visualization import plot_history
 
 curves = {k: [row[k] for row in history] for k in history[0]}
 loss_curves = {k: v for k, v in curves.items() if k.startswith("loss")}
-plot_history([loss_curves, {k: curves[k] for k in ("AP", "AP50")}], ["loss", "on validation"])
+plot_history(
+    [loss_curves, {k: curves[k] for k in ("AP", "AP50")}],
+    ["loss", "on validation"],
+)
 plt.show()
 
 # %% [markdown]
@@ -368,9 +410,12 @@ plt.show()
 # Now the test images, once:
 
 # %% tags=["nbval-ignore-output"]
-finetuned = evaluate(model, test_loader, device, amp_dtype=amp_dtype)
+finetuned = evaluate(model, test_loader, device)
 print(f"{'':12}{'AP':>8}{'AP50':>8}{'AP75':>8}{'AR':>8}")
-for name, result in (("zero-shot", zero_shot.box), ("finetuned", finetuned.box)):
+for name, result in (
+    ("zero-shot", zero_shot.box),
+    ("finetuned", finetuned.box),
+):
     numbers = (result.AP, result.AP50, result.AP75, result.AR)
     print(f"{name:12}" + "".join(f"{v or 0:8.3f}" for v in numbers))
 
@@ -385,30 +430,40 @@ assert finetuned.box.AP50 > 0.3
 images = [image.cpu() for image, _ in shown]
 after = predict(model, images, device, score_threshold=0.5)
 titles = ["before"] * 3 + ["after"] * 3
-show([*images, *images], [*show_before, *after], titles=titles)
+show([*images, *images], [*before, *after], titles=titles)
 plt.show()
 
 # %% [markdown]
 # ## Where it fails
 #
 # A person counts as found when some detection overlaps them with an IoU of at least
-# 0.5. This is the test image with the most people who were *not* found; their outlines are on the left,
+# 0.5. This is the test image with the most people who were *not* found; their boxes are on the left,
 # all detections over 0.5 on the right.
 
 # %%
 from torchvision.ops import box_iou
 
 test_samples = [test_set[i] for i in range(len(test_set))]
-found = predict(model, [image for image, _ in test_samples], device)
+found = [predict(model, [image], device)[0] for image, _ in test_samples]
 missed = []
 for (_, target), prediction in zip(test_samples, found, strict=True):
     overlap = box_iou(target["boxes"], prediction["boxes"])
-    best = overlap.max(dim=1).values if overlap.numel() else torch.zeros(len(target["boxes"]))
+    best = (
+        overlap.max(dim=1).values
+        if overlap.numel()
+        else torch.zeros(len(target["boxes"]))
+    )
     missed.append(best < 0.5)
 worst = max(range(len(missed)), key=lambda i: missed[i].sum())
 image, target = test_samples[worst]
 not_found = {"boxes": target["boxes"][missed[worst]]}
-show([image, image], [not_found, found[worst]], ["not found", "detections"], columns=2, cell=(5.5, 4))
+show(
+    [image, image],
+    [not_found, found[worst]],
+    ["not found", "detections"],
+    columns=2,
+    cell=(5.5, 4),
+)
 plt.show()
 
 # %% tags=["nbval-ignore-output"]
@@ -433,7 +488,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from tutorial_lib.sample import draw_scene
 
-scenes = [draw_scene(np.random.default_rng([SEED, i]), others=(2, 4))[0] for i in range(4)]
+scenes = [
+    draw_scene(np.random.default_rng([SEED, i]), others=(2, 4))[0] for i in range(4)
+]
 show([pil_to_tensor(scene) for scene in scenes], columns=4)
 plt.show()
 
@@ -446,7 +503,7 @@ plt.show()
 # %% [markdown]
 # ## Recap
 #
-# - **Measure** the model before you train it; that row costs a minute.
+# - **Measure** the model before you train it; that row costs one pass over the test images.
 # - **Replace** `roi_heads.box_predictor` with one for your classes, background included.
 # - **Check** what is new and what is kept; everything but four tensors is.
 # - **Sum** the losses, step, and stop if the sum is not finite.
@@ -468,8 +525,9 @@ plt.show()
 # ## In practice
 #
 # - `num_classes` counts the background. With ten kinds of things it is 11, and their labels are 1 to
-#   10. A label of 0, or one that is too large, is not refused on the CPU in a clear way, and
-#   on CUDA it is a "device-side assert".
+#   10. A label of 0 is accepted in silence, and teaches the model that the object is background.
+#   One that is too large is `IndexError: Target 11 is out of bounds` on the CPU, and on CUDA a
+#   "device-side assert".
 # - The optimizer must be built **after** the predictor is replaced, or it trains the old one.
 # - Replacing the predictor throws away what the model knew of your class. When "person" is all
 #   you need, the zero-shot row may already do.

@@ -48,22 +48,31 @@ if importlib.util.find_spec("tutorial_lib") is None:
     packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
+# %% [markdown]
+# The preset, as in notebook 01, and the trunks' weights, where it has any.
+
 # %% tags=["nbval-ignore-output"]
 import torch
 
 import tutorial_lib.models  # registers the small models with torchvision
-from tutorial_lib.engine import pick_amp_dtype, pick_device
-from tutorial_lib.presets import choose_preset, fetch_weights, prepare_data, provenance
+from tutorial_lib.engine import pick_device
+from tutorial_lib.presets import (
+    choose_preset,
+    fetch_weights,
+    prepare_data,
+    provenance,
+)
 
 preset = choose_preset()
 SEED = 0
 EPOCHS = preset.scratch_epochs
 device = pick_device()
-amp_dtype = pick_amp_dtype(device)
 root = prepare_data(preset)
-fetch_weights("mobilenet_v2", preset.trunk_weights)
-print(provenance(preset, device))
-print("this notebook's trunks start from", preset.trunk_weights or "random weights")
+if preset.trunk_weights:
+    fetch_weights("mobilenet_v2", preset.trunk_weights)
+    fetch_weights("resnet50", "IMAGENET1K_V1")
+trunks = "trunks from ImageNet" if preset.trunk_weights else "random weights"
+print(provenance(preset, device, weights=trunks))
 
 # %% [markdown]
 # ## What a detector wants from a trunk
@@ -113,7 +122,9 @@ assert features.shape[1] == trunk.out_channels
 # %%
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-anchor_generator = AnchorGenerator(sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),))
+anchor_generator = AnchorGenerator(
+    sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)
+)
 print(anchor_generator.num_anchors_per_location())
 
 # %% [markdown]
@@ -122,7 +133,7 @@ print(anchor_generator.num_anchors_per_location())
 # what makes them tuples. An FPN gives five maps and gets `((32,), (64,), (128,), (256,), (512,))`: as
 # many sizes, but each on the map whose places are of a fitting size.
 #
-# Here are the 15 at one place, on a photograph as the model sees it:
+# Here are those of the 15 at one place that reach into the picture, on an image as the model sees it:
 
 # %%
 import matplotlib.pyplot as plt
@@ -143,7 +154,9 @@ resize = FasterRCNN(
 ).transform
 batch, (target,) = resize(*(list(part) for part in collate_fn([plain[0]])))
 height, width = batch.tensors.shape[-2:]
-all_anchors = anchor_generator(batch, [torch.zeros(1, 1280, height // 32, width // 32)])[0]
+all_anchors = anchor_generator(
+    batch, [torch.zeros(1, 1280, height // 32, width // 32)]
+)[0]
 middle = (height // 64) * (width // 32) + width // 64
 anchors = all_anchors.reshape(-1, 15, 4)[middle]
 
@@ -151,7 +164,7 @@ image = batch.tensors[0]
 show(
     [image, image],
     [{"boxes": target["boxes"]}, {"boxes": anchors}],
-    ["what is to be found", "the 15 anchors of one place"],
+    ["what is to be found", "the anchors of one place"],
     columns=2,
     cell=(5.5, 4.5),
 )
@@ -197,8 +210,12 @@ def mobilenet_v2_detector(num_classes, trunk_weights=None, **kwargs):
     return FasterRCNN(
         trunk,
         num_classes=num_classes,
-        rpn_anchor_generator=AnchorGenerator(sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)),
-        box_roi_pool=MultiScaleRoIAlign(featmap_names=["0"], output_size=7, sampling_ratio=2),
+        rpn_anchor_generator=AnchorGenerator(
+            sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)
+        ),
+        box_roi_pool=MultiScaleRoIAlign(
+            featmap_names=["0"], output_size=7, sampling_ratio=2
+        ),
         **kwargs,
     )
 
@@ -206,12 +223,17 @@ def mobilenet_v2_detector(num_classes, trunk_weights=None, **kwargs):
 # %% [markdown]
 # ## When the parts do not fit
 #
-# Each of these mistakes is made on purpose. The first three look right and fail
+# Each of these mistakes is made on purpose. All four models can be built, and fail
 # only when the first image comes through; this function sends one:
 
 
 # %%
-def attempt(channels=1280, sizes=((32, 64, 128),), ratios=((0.5, 1.0, 2.0),), names=("0",)):
+def attempt(
+    channels=1280,
+    sizes=((32, 64, 128),),
+    ratios=((0.5, 1.0, 2.0),),
+    names=("0",),
+):
     trunk = mobilenet_v2(weights=None).features
     trunk.out_channels = channels
     try:
@@ -220,9 +242,14 @@ def attempt(channels=1280, sizes=((32, 64, 128),), ratios=((0.5, 1.0, 2.0),), na
             num_classes=2,
             min_size=128,
             rpn_anchor_generator=AnchorGenerator(sizes=sizes, aspect_ratios=ratios),
-            box_roi_pool=MultiScaleRoIAlign(list(names), output_size=7, sampling_ratio=2),
+            box_roi_pool=MultiScaleRoIAlign(
+                list(names), output_size=7, sampling_ratio=2
+            ),
         )
-        target = {"boxes": torch.tensor([[10.0, 10.0, 60.0, 90.0]]), "labels": torch.tensor([1])}
+        target = {
+            "boxes": torch.tensor([[10.0, 10.0, 60.0, 90.0]]),
+            "labels": torch.tensor([1]),
+        }
         model([torch.rand(3, 128, 128)], [target])
         print("works")
     except (AssertionError, RuntimeError, IndexError, ValueError) as error:
@@ -262,8 +289,9 @@ attempt(names=(0,))
 # The classic text stops here, with a model whose new parts are random: asked for people, it answers
 # with noise. So we train it, beside the default, with the **same budget**: the same images, epochs,
 # image size, batch, optimizer and seed, and trunks that start alike, from ImageNet weights
-# at `full` and from random weights elsewhere. (Those cannot come with the package, and the
-# starter weights of notebook 02 would give one side a head start.)
+# at `full` and from random weights elsewhere. (The package holds no ImageNet weights, and the
+# starter weights of notebook 02 would give one side a head start.) At `full` two things still
+# differ: torchvision freezes the first layers and all BatchNorm of the default's backbone.
 
 # %%
 from torch.utils.data import DataLoader
@@ -271,7 +299,13 @@ from torch.utils.data import DataLoader
 augmented = PennFudanDataset(root, get_transform(train=True))
 train_set, _, _ = split_dataset(augmented, preset.split, SEED)
 _, val_set, test_set = split_dataset(plain, preset.split, SEED)
-train_loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
+train_loader = DataLoader(
+    train_set,
+    preset.batch_size,
+    shuffle=True,
+    drop_last=True,
+    collate_fn=collate_fn,
+)
 val_loader = DataLoader(val_set, preset.batch_size, collate_fn=collate_fn)
 test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 
@@ -279,14 +313,21 @@ test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 from torchvision.models import get_model
 
 same = {"min_size": preset.min_size, "max_size": preset.max_size}
-if preset.name != "full":  # fewer proposals for a CPU; the defaults are 512 and 1000 an image
+if (
+    preset.name != "full"
+):  # fewer proposals for a CPU; the defaults are 512 and 1000 an image
     same |= {"box_batch_size_per_image": 64, "rpn_post_nms_top_n_test": 150}
 torch.manual_seed(SEED)
 models = {
     "MobileNetV2": mobilenet_v2_detector(2, preset.trunk_weights, **same).to(device),
-    "default": get_model(preset.faster_rcnn, weights=None, num_classes=2, **same).to(device),
+    "default": get_model(preset.faster_rcnn, weights=None, num_classes=2, **same).to(
+        device
+    ),
 }
-start = {name: [p.detach().clone() for p in model.backbone.parameters()] for name, model in models.items()}
+start = {
+    name: [p.detach().clone() for p in model.backbone.parameters()]
+    for name, model in models.items()
+}
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -298,16 +339,22 @@ train_seconds = dict.fromkeys(models, 0.0)
 for name, model in models.items():
     torch.manual_seed(SEED)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=preset.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=preset.learning_rate, weight_decay=0.01
+    )
     steps = len(train_loader)
     schedule = warmup_cosine(optimizer, steps, EPOCHS * steps)
     for epoch in range(1, EPOCHS + 1):
         begun = time.perf_counter()
-        losses = train_one_epoch(model, optimizer, train_loader, device, lr_scheduler=schedule, amp_dtype=amp_dtype)
+        losses = train_one_epoch(
+            model, optimizer, train_loader, device, lr_scheduler=schedule
+        )
         train_seconds[name] += time.perf_counter() - begun
-        box = evaluate(model, val_loader, device, amp_dtype=amp_dtype).box
+        box = evaluate(model, val_loader, device).box
         history[name].append({"loss": losses["loss"], "AP50": box.AP50})
-        print(f"{name}  epoch {epoch}/{EPOCHS}  loss {losses['loss']:.3f}  val AP50 {box.AP50:.3f}")
+        print(
+            f"{name}  epoch {epoch}/{EPOCHS}  loss {losses['loss']:.3f}  val AP50 {box.AP50:.3f}"
+        )
 
 # %% [markdown]
 # Was the backbone trained, or only what stands on it? Every trainable tensor of it should have moved:
@@ -326,14 +373,18 @@ print("all trainable backbone parameters moved, and both losses fell")
 # %%
 from tutorial_lib.visualization import plot_history
 
-curves = [{name: [row[key] for row in rows] for name, rows in history.items()} for key in ("loss", "AP50")]
+curves = [
+    {name: [row[key] for row in rows] for name, rows in history.items()}
+    for key in ("loss", "AP50")
+]
 plot_history(curves, ["training loss", "AP50 on validation"])
 plt.show()
 
 # %% [markdown]
 # ## Parameters, speed and AP
 #
-# Inference is timed on the test images, after a first batch that is not counted:
+# Inference is timed on the test images, in float32, after a first batch that is not counted. A
+# card works on while Python goes ahead, so the clock waits for it:
 
 
 # %%
@@ -341,24 +392,31 @@ plt.show()
 def images_per_second(model, loader):
     model.eval()
     batches = [[image.to(device) for image in images] for images, _ in loader]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     model(batches[0])
+    wait()
     begun = time.perf_counter()
     for images in batches:
         model(images)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return sum(len(images) for images in batches) / (time.perf_counter() - begun)
 
 
 # %% tags=["nbval-ignore-output"]
-results = {name: evaluate(model, test_loader, device, amp_dtype=amp_dtype).box for name, model in models.items()}
-print(f"{'':12} {'parameters':>11} {'train img/s':>12} {'test img/s':>11} {'AP':>6} {'AP50':>6}")
+results = {
+    name: evaluate(model, test_loader, device).box for name, model in models.items()
+}
+print(
+    f"{'':12} {'parameters':>11} {'train img/s':>12} {'test img/s':>11} {'AP':>6} {'AP50':>6}"
+)
 for name, model in models.items():
     size = sum(p.numel() for p in model.parameters()) / 1e6
     trained = EPOCHS * len(train_loader) * preset.batch_size / train_seconds[name]
     box = results[name]
     speed = images_per_second(model, test_loader)
-    print(f"{name:12} {size:9.1f} M {trained:12.1f} {speed:11.1f} {box.AP or 0:6.3f} {box.AP50 or 0:6.3f}")
+    print(
+        f"{name:12} {size:9.1f} M {trained:12.1f} {speed:11.1f} {box.AP or 0:6.3f} {box.AP50 or 0:6.3f}"
+    )
 
 # %% [markdown]
 # Most parameters of the swap are not in MobileNetV2, which has 2.2 M, but in the box head on top:
@@ -376,8 +434,8 @@ print(f"{in_head / 1e6:.1f} M parameters in the box head")
 # %% [markdown]
 # ## Look at both
 #
-# Detections with a score of at least 0.3, on test images. Short training from random
-# weights shows: compare with the pictures of notebook 02, where the detector had been trained before.
+# Detections with a score of at least 0.3, on test images. At `quick` and `laptop`, short training
+# from random weights shows: compare with the pictures of notebook 02, where the detector had been trained before.
 
 # %%
 from tutorial_lib.engine import predict
@@ -403,8 +461,8 @@ plt.show()
 # %% [markdown]
 # ## On your own
 #
-# 1. Put an FPN on MobileNetV2. How many parameters has the detector then?
-#    <details><summary>Hint</summary><code>torchvision.models.detection.backbone_utils.mobilenet_backbone("mobilenet_v2", weights=None, fpn=True)</code> gives three maps: two of the trunk and one pooled. So the sizes need three tuples, and RoIAlign takes <code>["0", "1"]</code>.</details>
+# 1. Put an FPN on MobileNetV2. How many parameters does the detector have then?
+#    <details><summary>Hint</summary><code>torchvision.models.detection.backbone_utils.mobilenet_backbone(backbone_name="mobilenet_v2", weights=None, fpn=True, norm_layer=torch.nn.BatchNorm2d, trainable_layers=6)</code> gives three maps: two of the trunk and one pooled. So the sizes need three tuples, and RoIAlign takes <code>["0", "1"]</code>.</details>
 # 2. Fit the anchors to people: drop the sizes that never match, and choose ratios from the histogram of
 #    notebook 01. Does AP50 after the same epochs rise?
 #    <details><summary>Hint</summary>The largest size worth having is the image's longer side.</details>
@@ -419,7 +477,7 @@ plt.show()
 #   From random weights they must stay trainable, as here.
 # - Speed has to be measured where you will run: fewer parameters are not always faster.
 # - AP after a short training from random weights compares how fast two detectors *start*. With
-#   pre-trained trunks and a full training the order can be another.
+#   pre-trained trunks and a full training the order can change.
 #
 # ## Further reading
 #
