@@ -435,7 +435,9 @@ print(f"{in_head / 1e6:.1f} M parameters in the box head")
 # ## Look at both
 #
 # Detections with a score of at least 0.3, on test images. At `quick` and `laptop`, short training
-# from random weights shows: compare with the pictures of notebook 02, where the detector had been trained before.
+# from random weights shows: compare with the pictures of notebook 02, where the detector had been trained
+# before. At `quick`, four passes over 40 images are too few to find anyone: expect an AP near 0 there, and
+# pictures with little in them.
 
 # %%
 from tutorial_lib.engine import predict
