@@ -24,8 +24,9 @@ def _draw_one(axes, image: Tensor, target: dict | None, categories: Sequence[str
     colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(boxes))]
     if len(target.get("masks", ())):
         masks = torch.as_tensor(target["masks"]).cpu().reshape(-1, *pixels.shape[-2:]) > 0.5
-        rgb = [tuple(round(255 * c) for c in colour) for colour in colours]
-        pixels = draw_segmentation_masks(pixels, masks, alpha=0.45, colors=rgb)
+        # One by one, the best score last: where masks overlap, one call for all leaves no colour.
+        for mask, colour in reversed(list(zip(masks, colours, strict=True))):
+            pixels = draw_segmentation_masks(pixels, mask, 0.45, tuple(round(255 * c) for c in colour))
     axes.imshow(pixels.permute(1, 2, 0).numpy())
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         # imshow puts the centre of pixel 0 at 0, so its left edge is at -0.5.
