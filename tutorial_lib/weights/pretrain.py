@@ -113,7 +113,7 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
     model.transform.min_size = (192,)
     held_out = DataLoader(DrawnScenes(seed, HELD_OUT, NUM_HELD_OUT, train=False), batch_size, collate_fn=collate_fn)
-    results = evaluate(model, held_out, device)
+    results = evaluate(model, held_out, device, progress=False)
     print(results)
     meta = {
         "sha256": hashlib.sha256((out / "mini_fpn.pt").read_bytes()).hexdigest(),
