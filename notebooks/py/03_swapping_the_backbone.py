@@ -316,7 +316,7 @@ same = {"min_size": preset.min_size, "max_size": preset.max_size}
 if (
     preset.name != "full"
 ):  # fewer proposals for a CPU; the defaults are 512 and 1000 an image
-    same |= {"box_batch_size_per_image": 64, "rpn_post_nms_top_n_test": 150}
+    same |= {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_test": 150}
 torch.manual_seed(SEED)
 models = {
     "MobileNetV2": mobilenet_v2_detector(2, preset.trunk_weights, **same).to(device),
