@@ -52,7 +52,7 @@ PRESETS = {
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=256, max_size=448,
-        batch_size=4, learning_rate=1e-3, epochs=8, scratch_epochs=10, long_epochs=30,
+        batch_size=4, learning_rate=1e-3, epochs=8, scratch_epochs=6, long_epochs=12,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",

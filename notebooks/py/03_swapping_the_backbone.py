@@ -313,9 +313,8 @@ test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 from torchvision.models import get_model
 
 same = {"min_size": preset.min_size, "max_size": preset.max_size}
-if (
-    preset.name != "full"
-):  # fewer proposals for a CPU; the defaults are 512 and 1000 an image
+# Fewer proposals for a CPU; the defaults are 512 and 1000 an image.
+if preset.name != "full":
     same |= {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_test": 150}
 torch.manual_seed(SEED)
 models = {
