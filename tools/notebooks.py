@@ -14,6 +14,7 @@ import ast
 import base64
 import datetime
 import hashlib
+import io
 import os
 import platform
 import sys
@@ -26,6 +27,7 @@ import torch
 import torchvision
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 from tutorial_lib.engine import pick_device
 from tutorial_lib.presets import choose_preset
@@ -109,6 +111,20 @@ def execute(notebook: nbformat.NotebookNode, name: str) -> float:
     return time.perf_counter() - begun
 
 
+def store_photographs_as_jpeg(notebook: nbformat.NotebookNode) -> None:
+    """Store a picture as JPEG where that is the smaller file: GitHub does not show notebooks of many megabytes."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if png := output.get("data", {}).get("image/png"):
+                jpeg = io.BytesIO()
+                with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+                    picture.convert("RGB").save(jpeg, "JPEG", quality=85, optimize=True)
+                encoded = base64.b64encode(jpeg.getvalue()).decode()
+                if len(encoded) < len(png):
+                    del output["data"]["image/png"]
+                    output["data"]["image/jpeg"] = encoded
+
+
 def build(names: list[str], force: bool) -> None:
     for source in sorted(SOURCES.glob("*.py")):
         if names and not any(source.stem.startswith(name) for name in names):
@@ -139,6 +155,7 @@ def build(names: list[str], force: bool) -> None:
                 **hashes,
             }
             print(f"{path.name}: run in {seconds:.0f} s")
+        store_photographs_as_jpeg(notebook)
         notebook.metadata["language_info"] = {"name": "python"}
         nbformat.validate(notebook)
         nbformat.write(notebook, path)
