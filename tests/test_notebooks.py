@@ -99,9 +99,13 @@ def test_headings(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cells_are_short(name):
+    """At most 22 statements, as notebook 04's training loop has; what is shown whole to be copied may be longer.
+
+    Statements and not lines: the formatter spreads one call over several.
+    """
     for cell in code_cells(stored(name)):
-        if "copy-me" not in tags(cell) and "nbval-ignore-output" not in tags(cell):
-            assert len(cell.source.splitlines()) <= 20, cell.source
+        statements = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.stmt)]
+        assert "copy-me" in tags(cell) or len(statements) <= 22, cell.source
 
 
 @pytest.mark.parametrize("name", NAMES)
