@@ -30,8 +30,8 @@
 #
 # | preset | compared with | trunks start from | time |
 # |---|---|---|---|
-# | `quick` | `fasterrcnn_mini_fpn` | random weights | @T03Q@ on 2 CPU cores |
-# | `laptop` | the same | random weights | @T03L@ on 2 CPU cores |
+# | `quick` | `fasterrcnn_mini_fpn` | random weights | 2.2 min on 2 CPU cores |
+# | `laptop` | the same | random weights | 10 min on 2 CPU cores |
 # | `full` | `fasterrcnn_resnet50_fpn` | ImageNet weights | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
