@@ -32,8 +32,7 @@ def autocast_backbone(model: nn.Module, device: torch.device) -> bool:
     """Mixed precision, in place: the backbone computes in bfloat16 on a CUDA card that can, the rest in float32.
 
     Autocast over a whole detector would round its boxes too: bfloat16 has 8 significant
-    bits, so beyond 512 pixels a coordinate could only be a multiple of 4. The backbone
-    is where most of the time goes.
+    bits, so beyond 512 pixels a coordinate could only be a multiple of 4.
 
     Args:
         model: with a ``backbone`` that gives a tensor or a dict of them, as torchvision's detectors.

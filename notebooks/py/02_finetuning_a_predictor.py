@@ -110,8 +110,8 @@ plt.show()
 # %% [markdown]
 # ## Start from a detector that was trained before
 #
-# torchvision's detectors come with weights trained on COCO: 118,000 photographs, 80
-# kinds of things. The preset decides which one is built here; at `full` the line below
+# torchvision's detectors come with weights trained on [COCO](https://cocodataset.org): 118,000
+# photographs, 80 kinds of things. The preset decides which one is built here; at `full` the line below
 # is, word for word in a script of your own,
 #
 # ```python
@@ -531,8 +531,8 @@ plt.show()
 # - The optimizer must be built **after** the predictor is replaced, or it trains the old one.
 # - Replacing the predictor throws away what the model knew of your class. When "person" is all
 #   you need, the zero-shot row may already do.
-# - Numbers on 50 photographs are uncertain by several hundredths, whatever the third decimal
-#   says; try exercise 3.
+# - Every number here is from one seed and 50 test images, and the third decimal means little:
+#   exercise 3 shows how far apart seeds are.
 #
 # ## Further reading
 #
