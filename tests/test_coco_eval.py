@@ -12,23 +12,21 @@ import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from tutorial_lib.coco_eval import coco_annotations, coco_metrics, encode_masks
+from tutorial_lib.coco_eval import bootstrap_interval, coco_metrics, compare, mean_and_spread
 
+NUM_CASES = 210
 NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
 NAMES += ["AR1", "AR10", "AR", "AR_small", "AR_medium", "AR_large"]
 
 
 def evaluate(sizes, targets, predictions):
-    return coco_metrics(
-        sizes,
-        [coco_annotations(target, size) for target, size in zip(targets, sizes, strict=True)],
-        [coco_annotations(prediction, size) for prediction, size in zip(predictions, sizes, strict=True)],
-    )
+    return coco_metrics([compare(*image) for image in zip(predictions, targets, sizes, strict=True)])
 
 
-def plain_pycocotools(sizes, targets, predictions, kind):
-    """COCOeval's stats and precision, the way pycocotools' own demo gets them; ids here have gaps on purpose."""
+def run_pycocotools(sizes, targets, predictions, kind):
+    """pycocotools' COCOeval, the way pycocotools' own demo gets them; ids here have gaps on purpose."""
     ids = [10 + 3 * i for i in range(len(sizes))]
     dataset = {
         "images": [{"id": id_, "height": size[0], "width": size[1]} for id_, size in zip(ids, sizes, strict=True)],
@@ -75,7 +73,7 @@ def plain_pycocotools(sizes, targets, predictions, kind):
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
-    return coco_eval.stats, coco_eval.eval["precision"]
+    return coco_eval
 
 
 def random_objects(rng, count, size, masks_from=None, jitter=0.0):
@@ -160,7 +158,7 @@ def prediction(boxes, scores, labels=None, **more):
     return target(boxes, labels, scores=torch.tensor(scores, dtype=torch.float32), **more)
 
 
-@pytest.mark.parametrize("seed", range(70))
+@pytest.mark.parametrize("seed", range(NUM_CASES))
 def test_equals_plain_pycocotools(seed):
     sizes, targets, predictions = random_case(seed)
     results = random_results(seed)
@@ -170,7 +168,8 @@ def test_equals_plain_pycocotools(seed):
     for kind, metrics in (("bbox", results.box), ("segm", results.mask)):
         if metrics is None:
             continue
-        stats, precision = plain_pycocotools(sizes, targets, predictions, kind)
+        coco_eval = run_pycocotools(sizes, targets, predictions, kind)
+        stats, precision = coco_eval.stats, coco_eval.eval["precision"]
         ours = [-1.0 if getattr(metrics, name) is None else getattr(metrics, name) for name in NAMES]
         np.testing.assert_allclose(ours, stats, rtol=0, atol=1e-9)
         for k, (label, ap) in enumerate(metrics.per_class.items()):
@@ -182,7 +181,7 @@ def test_equals_plain_pycocotools(seed):
 
 def test_the_random_cases_hold_what_they_are_for():
     """Else the comparison above could pass on easy cases only."""
-    cases = [random_case(seed) for seed in range(70)]
+    cases = [random_case(seed) for seed in range(NUM_CASES)]
     pairs = [pair for _, targets, predictions in cases for pair in zip(targets, predictions, strict=True)]
     areas = torch.cat([truth["area"] for truth, _ in pairs])
     assert (areas == 1).any() and (areas > 96**2).any() and ((areas > 32**2) & (areas < 96**2)).any()
@@ -193,8 +192,8 @@ def test_the_random_cases_hold_what_they_are_for():
     assert any(len(found["boxes"]) > 100 for _, found in pairs)
     assert any(len(found["scores"].unique()) < len(found["scores"]) for _, found in pairs)
     assert any(len(truth["labels"].unique()) > 2 for truth, _ in pairs)
-    aps = [random_results(seed).box.AP for seed in range(70)]
-    assert sum(ap is not None and 0.05 < ap < 0.95 for ap in aps) > 30
+    aps = [random_results(seed).box.AP for seed in range(NUM_CASES)]
+    assert sum(ap is not None and 0.05 < ap < 0.95 for ap in aps) > 90
 
 
 def test_hand_computed_ap_of_two_objects_and_three_predictions():
@@ -327,81 +326,155 @@ def test_images_are_known_by_their_place(image_ids):
     assert evaluate([(40, 40)] * 2, targets, right[::-1]).box.AP == 0
 
 
-@pytest.mark.parametrize("lengths", [(1, 2, 2), (2, 1, 2), (2, 2, 1), (0, 0, 0)])
-def test_mismatched_lengths_are_refused(lengths):
-    sizes, targets, predictions = lengths
-    with pytest.raises(ValueError, match=f"{sizes} sizes, {targets} targets and {predictions} predictions"):
-        coco_metrics([(9, 9)] * sizes, [[]] * targets, [[]] * predictions)
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match="no images"):
+        coco_metrics([])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("labels", torch.ones(2, dtype=torch.int64), "a target has 1 boxes and 2 labels"),
+        ("area", torch.ones(3), "a target has 1 boxes and 3 area"),
+        ("masks", torch.ones(2, 20, 20, dtype=torch.uint8), "a target has 1 boxes and 2 masks"),
+        ("masks", torch.ones(1, 20, 30, dtype=torch.uint8), r"masks of \(20, 30\) pixels; its image has \(20, 20\)"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        compare(prediction([], []), target([[0, 0, 9, 9]]) | {key: value}, (20, 20))
 
 
 def test_the_inputs_are_left_as_they_were():
-    truth = [coco_annotations(target([[0, 0, 10, 10]], masks=torch.ones(1, 20, 20, dtype=torch.uint8)), (20, 20))]
-    found = [coco_annotations(prediction([[0, 0, 9, 10]], [0.9], masks=torch.ones(1, 1, 20, 20)), (20, 20))]
+    truth = target([[0, 0, 10, 10]], masks=torch.ones(1, 20, 20, dtype=torch.uint8))
+    found = prediction([[0, 0, 9, 10]], [0.9], masks=torch.ones(1, 1, 20, 20))
     before = repr((truth, found))
-    first = coco_metrics([(20, 20)], truth, found)
+    first = evaluate([(20, 20)], [truth], [found])
     assert repr((truth, found)) == before
-    assert str(coco_metrics([(20, 20)], truth, found)) == str(first)
+    assert str(evaluate([(20, 20)], [truth], [found])) == str(first)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
-@pytest.mark.parametrize("shape", [(3, 17, 23), (1, 1, 1), (2, 1, 9), (0, 5, 6)])
-def test_encode_masks_round_trip(shape, dtype):
-    masks = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.6).to(dtype)
-    codes = encode_masks(masks)
-    assert len(codes) == len(masks)
-    for mask, code in zip(masks, codes, strict=True):
-        assert tuple(code["size"]) == shape[1:]
-        np.testing.assert_array_equal(mask_utils.decode(code), mask.to(torch.uint8).numpy())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_floating_point_type_and_gradients(dtype):
+    masks = torch.zeros(1, 1, 20, 20, dtype=dtype)
+    masks[..., :10] = 0.7
+    found = prediction([[0, 0, 10, 20]], [0.5], masks=masks.requires_grad_())
+    image = compare(found, target([[0, 0, 10, 20]], masks=(masks[0] > 0.5).to(torch.uint8)), (20, 20))
+    assert image.box_ious == image.mask_ious == 1.0 and image.mask_areas == 200
 
 
-def test_coco_annotations_of_a_target():
-    masks = torch.zeros(2, 30, 40, dtype=torch.uint8)
-    masks[0, 2:5, 1:7], masks[1, 10, 10] = 1, 1
-    truth = target(
-        [[1, 2, 7, 5], [10, 10, 11, 11.5]],
-        [3, 1],
-        masks=masks,
-        area=torch.tensor([18.0, 1.0]),
-        iscrowd=torch.tensor([0, 1]),
-        image_id=5,
-    )
-    first, second = coco_annotations(truth, (30, 40))
-    assert first["bbox"] == [1, 2, 6, 3] and second["bbox"] == [10, 10, 1, 1.5]
-    assert (first["category_id"], second["category_id"]) == (3, 1)
-    assert (first["area"], second["area"]) == (18, 1)
-    assert (first["iscrowd"], second["iscrowd"]) == (0, 1)
-    assert "score" not in first and "image_id" not in first and "id" not in first
-    np.testing.assert_array_equal(mask_utils.decode(first["segmentation"]), masks[0].numpy())
-    np.testing.assert_array_equal(mask_utils.decode(second["segmentation"]), masks[1].numpy())
+def test_half_is_outside_a_mask():
+    masks = torch.full((1, 1, 4, 6), 0.5)
+    masks[0, 0, 1, 2:5] = 0.51
+    image = compare(prediction([[2, 1, 5, 2]], [0.75], masks=masks), target([[0, 0, 6, 4]]), (4, 6))
+    assert image.mask_ious is None  # the target has no masks
+    truth = target([[0, 0, 6, 4]], masks=torch.ones(1, 4, 6, dtype=torch.uint8))
+    image = compare(prediction([[2, 1, 5, 2]], [0.75], masks=masks), truth, (4, 6))
+    assert image.mask_areas == [3] and image.mask_ious == 3 / 24
 
 
-def test_coco_annotations_of_a_target_with_boxes_alone():
-    (annotation,) = coco_annotations(target([[1, 2, 7, 5]]), (30, 40))
-    assert annotation == {"bbox": [1, 2, 6, 3], "category_id": 1, "area": 18, "iscrowd": 0}
-
-
-def test_coco_annotations_do_not_round():
+def test_boxes_are_measured_in_float64():
     """The difference of two float32 numbers needs more than float32."""
     truth = target([[0.1, 0.2, 900.3, 700.7]])
     x1, y1, x2, y2 = (float(value) for value in truth["boxes"][0])
-    assert coco_annotations(truth, (800, 1000))[0]["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+    image = compare(prediction([[0.1, 0.2, 900.3, 700.7]], [1.0]), truth, (800, 1000))
+    assert image.target_areas[0] == (x2 - x1) * (y2 - y1)
 
 
-def test_coco_annotations_of_a_prediction():
-    masks = torch.full((1, 1, 4, 6), 0.5)
-    masks[0, 0, 1, 2:5] = 0.51
-    found = prediction([[2, 1, 5, 2]], [0.75], [2], masks=masks.requires_grad_())
-    (annotation,) = coco_annotations(found, (4, 6))
-    assert annotation["score"] == 0.75 and annotation["bbox"] == [2, 1, 3, 1] and annotation["category_id"] == 2
-    np.testing.assert_array_equal(mask_utils.decode(annotation["segmentation"]), (masks[0, 0] > 0.5).numpy())
-    assert mask_utils.area(annotation["segmentation"]) == 3
+@pytest.mark.parametrize("seed", range(30))
+def test_masks_as_predicted_give_what_pasted_ones_give(seed):
+    """Boxes of all sizes, some of them partly outside the image."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (int(torch.randint(20, 200, (), generator=generator)), int(torch.randint(20, 200, (), generator=generator)))
+    corner = torch.rand(40, 2, generator=generator) * torch.tensor([size[1], size[0]]) - 10
+    boxes = torch.cat([corner, corner + torch.rand(40, 2, generator=generator) ** 3 * 150 + 11], dim=1)
+    small = torch.nn.functional.avg_pool2d(torch.rand(40, 1, 30, 30, generator=generator), 3, stride=1)
+    truth = target(
+        [[0, 0, *size[::-1]]] * 3, masks=(torch.rand(3, *size, generator=generator) > 0.4).to(torch.uint8),
+        iscrowd=torch.tensor([0, 0, 1]),
+    )  # fmt: skip
+    found = {"boxes": boxes, "labels": torch.ones(40, dtype=torch.int64), "scores": torch.rand(40)}
+    pasted = compare({**found, "masks": paste_masks_in_image(small, boxes, size)}, truth, size)
+    direct = compare({**found, "roi_masks": small}, truth, size)
+    assert pasted.mask_areas.any()
+    np.testing.assert_array_equal(direct.mask_areas, pasted.mask_areas)
+    np.testing.assert_array_equal(direct.mask_ious, pasted.mask_ious)
 
 
-def test_coco_annotations_of_nothing():
-    assert coco_annotations(target([]), (4, 6)) == []
-    assert coco_annotations(prediction([], [], masks=torch.zeros(0, 1, 4, 6)), (4, 6)) == []
+def test_masks_that_leave_their_box_are_measured_whole():
+    masks = torch.zeros(1, 1, 40, 40)
+    masks[0, 0, 5:35, 5:35] = 1
+    truth = target([[5, 5, 35, 35]], masks=masks[0].to(torch.uint8))
+    image = compare(prediction([[20, 20, 25, 25]], [0.9], masks=masks), truth, (40, 40))
+    assert image.mask_areas == [900] and image.mask_ious == [[1.0]]
 
 
-def test_coco_annotations_refuses_masks_that_are_not_one_a_box():
-    with pytest.raises(ValueError):
-        coco_annotations(target([[0, 0, 2, 2]], masks=torch.ones(2, 4, 6, dtype=torch.uint8)), (4, 6))
+def test_matches_name_the_pairs():
+    """Image 0: found, found twice. Image 1: an object missed, a detection on nothing."""
+    first, second = [0, 0, 50, 60], [60, 60, 100, 110]
+    near = [0, 0, 50, 40]  # IoU 2/3 with first
+    box = evaluate(
+        [(120, 120)] * 2,
+        [target([second, first]), target([first])],
+        [prediction([near, first], [0.6, 0.9]), prediction([second], [0.7])],
+    ).box
+    matches = box.matches[1]
+    assert matches.images.tolist() == [0, 1, 0]
+    assert matches.detections.tolist() == [1, 0, 0]
+    np.testing.assert_allclose(matches.scores, [0.9, 0.7, 0.6])
+    assert matches.targets[0].tolist() == [1, -1, -1]  # the second detection of `first` is a duplicate
+    assert matches.num_objects.tolist() == [2, 1] and not matches.ignored.any()
+    alone = evaluate([(120, 120)], [target([first])], [prediction([near], [0.6])]).box.matches[1]
+    assert alone.targets[:, 0].tolist() == [0, 0, 0, 0, -1, -1, -1, -1, -1, -1]  # 0.50 to 0.65
+
+
+@pytest.mark.parametrize("seed", range(0, NUM_CASES, 15))
+def test_scores_of_the_curve_are_those_of_pycocotools(seed):
+    sizes, targets, predictions = random_case(seed)
+    coco_eval = run_pycocotools(sizes, targets, predictions, "bbox")
+    for k, (label, ap) in enumerate(random_results(seed).box.per_class.items()):
+        if ap is not None:
+            expected = coco_eval.eval["scores"][:, :, label - 1, 0, 2]
+            np.testing.assert_allclose(random_results(seed).box.scores[:, :, k], expected, rtol=0, atol=1e-9)
+
+
+def test_detections_beyond_the_hundred_are_counted_and_said():
+    box = [0, 0, 10, 10]
+    results = evaluate([(20, 20)] * 2, [target([box])] * 2, [prediction([box] * 103, [0.5] * 103)] * 2)
+    assert results.box.num_dropped == 6
+    assert "6 detections beyond 100" in str(results)
+    assert "beyond" not in str(evaluate([(20, 20)], [target([box])], [prediction([box] * 100, [0.5] * 100)]))
+
+
+def bootstrap_by_evaluating_again(sizes, targets, predictions, num_samples, seed):
+    rng = np.random.default_rng(seed)
+    aps = []
+    for _ in range(num_samples):
+        drawn = rng.integers(len(sizes), size=len(sizes))
+        ap = evaluate(*([values[i] for i in drawn] for values in (sizes, targets, predictions))).box.AP
+        aps += [] if ap is None else [ap]
+    return np.quantile(aps, [0.05, 0.95])
+
+
+@pytest.mark.parametrize("seed", [7, 14, 37])
+def test_bootstrap_is_that_of_evaluating_every_draw(seed):
+    """Without ties in score, which pycocotools settles by the order of the images."""
+    case = random_case(seed)
+    for prediction in case[2]:
+        prediction["scores"] += (
+            torch.rand(len(prediction["scores"]), generator=torch.Generator().manual_seed(seed)) / 99
+        )
+    interval = bootstrap_interval(evaluate(*case).box, level=0.9, num_samples=40, seed=seed)
+    np.testing.assert_allclose(interval, bootstrap_by_evaluating_again(*case, 40, seed), rtol=0, atol=1e-9)
+    assert len(case[0]) > 1 and interval[0] < interval[1]
+
+
+def test_bootstrap_refuses_to_resample_nothing():
+    with pytest.raises(ValueError, match="no objects"):
+        bootstrap_interval(evaluate([(9, 9)], [target([])], [prediction([], [])]).box)
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([0.5, 0.6, 0.7]) == (pytest.approx(0.6), pytest.approx(0.1))
+    with pytest.raises(ValueError, match="two seeds"):
+        mean_and_spread([0.5])

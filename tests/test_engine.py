@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from tutorial_lib import engine
@@ -225,6 +226,48 @@ def test_evaluate_a_real_model(dataset):
     assert results.num_images == 2 and 0 <= results.box.AP <= 1 and 0 <= results.mask.AP <= 1
     assert same(before, model.state_dict())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_evaluate_gives_the_same_of_a_model_that_pastes_its_masks(dataset):
+    """Of torchvision's own models the masks are compared before they are pasted; of any other, after."""
+    model = maskrcnn_mini_fpn(weights="DEFAULT", box_score_thresh=0.2)
+    pasted = []
+
+    class AnyModel(nn.Module):
+        def forward(self, images):
+            predictions = model.eval()(images)
+            pasted.extend(prediction["masks"].shape[-2:] for prediction in predictions)
+            return predictions
+
+    direct = evaluate(model, loader(dataset), CPU, progress=False)
+    whole = evaluate(AnyModel(), loader(dataset), CPU, progress=False)
+    assert pasted == [image.shape[-2:] for image, _ in (dataset[i] for i in range(len(dataset)))]
+    assert direct.mask.AP > 0 and str(direct) == str(whole)
+    assert model.eval()([dataset[0][0]])[0]["masks"].shape[-2:] == dataset[0][0].shape[-2:]  # pastes again
+
+
+def test_evaluate_a_subclass_that_looks_at_its_masks(dataset):
+    """Its forward sees pasted masks, as everywhere else."""
+    shapes = []
+
+    class Curious(MaskRCNN):
+        def forward(self, images, targets=None):
+            predictions = super().forward(images, targets)
+            shapes.extend(prediction["masks"].shape[-2:] for prediction in predictions)
+            return predictions
+
+    model = maskrcnn_mini_fpn(weights="DEFAULT")
+    model.__class__ = Curious
+    evaluate(model, loader(Subset(dataset, [0])), CPU, progress=False)
+    assert shapes == [dataset[0][0].shape[-2:]]
+
+
+def test_evaluate_names_the_image_whose_parts_do_not_fit(dataset):
+    images = [dataset[i] for i in range(3)]
+    images[2][1]["labels"] = torch.ones(40, dtype=torch.int64)
+    images[2][1]["image_id"] = 17
+    with pytest.raises(ValueError, match="image 2 of the loader, image_id 17: a target has . boxes and 40 labels"):
+        evaluate(mini_model(), loader(images), CPU, progress=False)
 
 
 def test_evaluate_real_photographs(penn_fudan_root):

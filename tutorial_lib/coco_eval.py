@@ -1,29 +1,62 @@
-"""From predictions and targets to COCO's box and mask AP, with pycocotools.
+"""From predictions and targets to COCO's box and mask AP, as data.
 
-pycocotools converts, matches and counts; this module hands it the images of one
-loader, and gives its numbers back as data instead of a printed table.
-Metrics: https://cocodataset.org/#detection-eval
+Each image is reduced to its IoUs (:func:`compare`), without run-length encodings and,
+for torchvision's own models, without pasting masks to full size; :func:`coco_metrics`
+matches and counts them all as pycocotools does, and the tests hold it to pycocotools'
+numbers. Metrics: https://cocodataset.org/#detection-eval; notebook 05.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import Tensor
-from torchvision.ops import box_convert
+from torch.nn.functional import interpolate
+from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
 _NAMES = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
     "AR1", "AR10", "AR", "AR_small", "AR_medium", "AR_large",
 )  # fmt: skip
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+MAX_DETECTIONS = 100  # of an image and class
+_AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])  # all, small, medium, large
+
+
+@dataclass(frozen=True)
+class ImageIoUs:
+    """What the metrics need to know of one image with D detections and G objects; no pixels."""
+
+    labels: np.ndarray  # int64 [D]
+    scores: np.ndarray  # float64 [D]
+    target_labels: np.ndarray  # int64 [G]
+    target_areas: np.ndarray  # float64 [G], in pixels
+    iscrowd: np.ndarray  # bool [G]
+    box_areas: np.ndarray  # float64 [D]
+    box_ious: np.ndarray  # float64 [D, G]; with a crowd: the share of the detection inside it
+    mask_areas: np.ndarray | None
+    mask_ious: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ClassMatches:
+    """Which object each detection of one class was matched with; detections by falling score.
+
+    ``images`` [D] is an image's place in the evaluation, ``detections`` [D] a detection's
+    in its prediction; ``scores`` [D]. For the 10 IoU thresholds, ``targets`` [10, D] is the
+    object's place in the image's target or -1, and ``ignored`` [10, D] says that the
+    detection does not count, since it lies on a crowd. ``num_objects`` [images].
+    """
+
+    images: np.ndarray
+    detections: np.ndarray
+    scores: np.ndarray
+    targets: np.ndarray
+    ignored: np.ndarray
+    num_objects: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -31,10 +64,15 @@ class CocoMetrics:
     """COCO's twelve numbers, in [0, 1]; None where there is no object to measure on.
 
     ``AP`` is averaged over IoU thresholds 0.50, 0.55 … 0.95 and over classes; ``AR`` is
-    the recall with at most 100 detections an image. Small is an area under 32² pixels,
-    large one over 96². ``per_class`` maps a label to its AP. ``precision`` is float64
-    [10 IoU thresholds, 101 recalls 0, 0.01 … 1, classes in the order of per_class],
-    -1 for a class without objects.
+    the recall with at most 100 detections of an image and class. Small is an area under
+    32² pixels, large one over 96².
+
+    ``per_class`` maps a label to its AP. ``precision`` and ``scores``, float64
+    [10 IoU thresholds, 101 recalls 0, 0.01 … 1, classes in the order of per_class], are
+    the precision-recall curves and the score at each of their points; precision is 0
+    where a recall is not reached, and both are -1 for a class without objects.
+    ``matches`` maps a label to the pairs behind them. ``num_dropped`` detections were
+    beyond the 100 of their image and class, and not counted.
     """
 
     AP: float | None
@@ -51,114 +89,309 @@ class CocoMetrics:
     AR_large: float | None
     per_class: dict[int, float | None]
     precision: np.ndarray
+    scores: np.ndarray
+    matches: dict[int, ClassMatches]
+    num_dropped: int
 
     def __str__(self) -> str:
         values = ((name, getattr(self, name)) for name in _NAMES)
-        return "  ".join(f"{name} {'no such objects' if v is None else f'{v:.3f}'}" for name, v in values)
+        text = "  ".join(f"{name} {'no such objects' if v is None else f'{v:.3f}'}" for name, v in values)
+        if self.num_dropped:
+            text += f"  ({self.num_dropped} detections beyond {MAX_DETECTIONS} of an image and class are not counted)"
+        return text
+
+    def __repr__(self) -> str:
+        return f"<CocoMetrics {self}>"
 
 
 @dataclass(frozen=True)
 class CocoResults:
-    """Box metrics, and mask metrics where targets and predictions hold masks (else None)."""
+    """Box metrics, and mask metrics where targets and predictions hold masks (else None).
+
+    ``images`` holds the IoUs of every image, in the loader's order.
+    """
 
     box: CocoMetrics
     mask: CocoMetrics | None
-    num_images: int
+    images: Sequence[ImageIoUs]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
 
     def __str__(self) -> str:
         lines = [f"{self.num_images} images", f"box   {self.box}"]
         return "\n".join(lines + ([f"mask  {self.mask}"] if self.mask else []))
 
-
-def encode_masks(masks: Tensor) -> list[dict]:
-    """COCO run-length encodings of binary masks, uint8 or bool [N, H, W]."""
-    return mask_utils.encode(np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).numpy()))
+    def __repr__(self) -> str:
+        return f"<CocoResults {self}>"
 
 
-def coco_annotations(output: dict, size: tuple[int, int]) -> list[dict]:
-    """A target or a prediction as COCO annotations, without image_id and id.
+def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
+    """The IoU of every detection of an image with every object of it.
 
     Args:
-        output: ``boxes`` float [N, 4] XYXY, ``labels`` int64 [N]; a target may have
-            ``masks`` uint8 [N, H, W], ``area`` [N], ``iscrowd`` [N]; a prediction has
-            ``scores`` [N] and may have ``masks`` float [N, 1, H, W] in [0, 1], which are
-            cut at 0.5.
+        prediction: ``boxes`` float [D, 4] XYXY, ``labels`` int64 [D], ``scores`` [D] and, for
+            mask metrics, ``masks`` float [D, 1, H, W] in [0, 1], cut at 0.5. In their place
+            ``roi_masks`` float [D, 1, M, M], as Mask R-CNN predicts them, before they are
+            pasted into their boxes: the result is the same, and comes sooner.
+        target: ``boxes`` float [G, 4], ``labels`` int64 [G]; it may have ``masks`` uint8
+            [G, H, W], ``area`` [G] and ``iscrowd`` [G].
         size: height and width of the image, in pixels.
+
+    Raises:
+        ValueError: there is not one label, score, area, iscrowd and mask for each box, or the
+            masks are not of the image's size.
     """
-    output = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in output.items()}
-    boxes = box_convert(output["boxes"].double(), "xyxy", "xywh").tolist()
-    annotations = [
-        {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
-        for box, label in zip(boxes, output["labels"].tolist(), strict=True)
-    ]
-    fields = {"score": "scores"} if "scores" in output else {"area": "area", "iscrowd": "iscrowd"}
-    for field, key in fields.items():
-        if key in output:
-            for annotation, value in zip(annotations, output[key].tolist(), strict=True):
-                annotation[field] = value
-    if "masks" in output:
-        masks = output["masks"] > 0.5
-        encoded = encode_masks(masks.reshape(-1, *size))
-        for annotation, code in zip(annotations, encoded, strict=True):
-            annotation["segmentation"] = code
-    return annotations
+    prediction, target = _as_numpy(prediction, size, "prediction"), _as_numpy(target, size, "target")
+    iscrowd = target.get("iscrowd", np.zeros(len(target["boxes"]))).astype(bool)
+    x, y, w, h = (side[:, None] for side in _xywh(prediction["boxes"]))
+    gx, gy, gw, gh = _xywh(target["boxes"])
+    inside = np.maximum(np.minimum(x + w, gx + gw) - np.maximum(x, gx), 0)
+    inside = inside * np.maximum(np.minimum(y + h, gy + gh) - np.maximum(y, gy), 0)
+    areas = (w * h)[:, 0]
+    masks = {"mask_areas": None, "mask_ious": None}
+    roi = "roi_masks" in prediction
+    if (roi or "masks" in prediction or not len(areas)) and ("masks" in target or not len(iscrowd)):
+        truth = target.get("masks", np.zeros((0, *size))).astype(np.float32)
+        crops = _roi_crops(prediction, size) if roi else _crops(prediction, size)
+        mask_areas, mask_inside = np.zeros(len(areas)), np.zeros(inside.shape)
+        for d, (top, left, crop) in enumerate(crops):
+            mask_areas[d] = np.count_nonzero(crop)
+            rows, columns = slice(top, top + crop.shape[0]), slice(left, left + crop.shape[1])
+            # Sums of zeros and ones are exact in float32 up to 2**24 pixels.
+            mask_inside[d] = truth[:, rows, columns].reshape(len(truth), crop.size) @ crop.ravel().astype(np.float32)
+        truth_areas = np.array([np.count_nonzero(mask) for mask in truth])
+        masks = {"mask_areas": mask_areas, "mask_ious": _iou(mask_inside, mask_areas, truth_areas, iscrowd)}
+    return ImageIoUs(
+        labels=prediction["labels"],
+        scores=prediction["scores"].astype(np.float64),
+        target_labels=target["labels"],
+        target_areas=target.get("area", gw * gh).astype(np.float64),
+        iscrowd=iscrowd,
+        box_areas=areas,
+        box_ious=_iou(inside, areas, gw * gh, iscrowd),
+        **masks,
+    )
 
 
-def _coco(images: Sequence[dict], annotations: Sequence[Sequence[dict]], categories: Sequence[int], kind: str) -> COCO:
-    dataset = {
-        "images": list(images),
-        "categories": [{"id": label, "name": str(label)} for label in categories],
-        "annotations": [],
-    }
-    for image, of_image in zip(images, annotations, strict=True):
-        for annotation in of_image:
-            number = len(dataset["annotations"]) + 1  # from 1: pycocotools takes 0 for "unmatched"
-            annotation = {**annotation, "id": number, "image_id": image["id"]}
-            if kind == "segm" and "score" in annotation:
-                annotation["area"] = int(mask_utils.area(annotation["segmentation"]))
-            dataset["annotations"].append(annotation)
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
+def _as_numpy(output: dict, size: tuple[int, int], name: str) -> dict[str, np.ndarray]:
+    keys = ("boxes", "labels", "scores", "area", "iscrowd", "masks", "roi_masks")
+    tensors = {key: output[key].detach().cpu() for key in keys if key in output}
+    arrays = {k: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for k, t in tensors.items()}
+    for key, array in arrays.items():
+        if len(array) != len(arrays["boxes"]):
+            raise ValueError(f"a {name} has {len(arrays['boxes'])} boxes and {len(array)} {key}")
+    if "masks" in arrays and arrays["masks"].shape[-2:] != tuple(size):
+        raise ValueError(f"a {name} has masks of {arrays['masks'].shape[-2:]} pixels; its image has {tuple(size)}")
+    return arrays
 
 
-def _metrics(images, targets, predictions, kind: str) -> CocoMetrics:
-    categories = sorted({a["category_id"] for of_image in [*targets, *predictions] for a in of_image})
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _coco(images, targets, categories, kind)
-        found = _coco(images, predictions, categories, kind)
-        coco_eval = COCOeval(truth, found, kind)
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]
-    per_class = {
-        label: float(precision[:, :, k].mean()) if (precision[:, :, k] > -1).any() else None
-        for k, label in enumerate(categories)
-    }
-    numbers = (float(v) if v >= 0 else None for v in coco_eval.stats)
-    return CocoMetrics(**dict(zip(_NAMES, numbers, strict=True)), per_class=per_class, precision=precision)
+def _xywh(boxes: np.ndarray) -> np.ndarray:
+    """In COCO's form and in float64, so that IoUs are pycocotools' to the last bit."""
+    corner, opposite = np.split(boxes.astype(np.float64), 2, axis=1)
+    return np.hstack([corner, opposite - corner]).T
 
 
-def coco_metrics(
-    sizes: Sequence[tuple[int, int]], targets: Sequence[Sequence[dict]], predictions: Sequence[Sequence[dict]]
-) -> CocoResults:
+def _iou(inside: np.ndarray, areas: np.ndarray, target_areas: np.ndarray, iscrowd: np.ndarray) -> np.ndarray:
+    union = areas[:, None] + np.where(iscrowd, 0, target_areas - inside)
+    return np.divide(inside, union, out=np.zeros_like(inside), where=inside > 0)
+
+
+def _crops(prediction: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Top, left and bool pixels of every mask: of its box where nothing lies outside, of the whole image else."""
+    masks = torch.from_numpy(prediction.get("masks", np.zeros((0, 1, *size))).reshape(-1, *size))
+    masks = (masks > 0.5).numpy()
+    boxes = expand_boxes(torch.from_numpy(prediction["boxes"]), 1.1).numpy()
+    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        top, left = max(int(top) - 1, 0), max(int(left) - 1, 0)
+        rows, columns = slice(top, max(int(bottom) + 2, 0)), slice(left, max(int(right) + 2, 0))
+        crop = mask[rows, columns].copy()
+        mask[rows, columns] = False
+        if mask.any():
+            mask[rows, columns] = crop
+            yield 0, 0, mask
+        else:
+            yield top, left, crop
+
+
+def _roi_crops(prediction: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """The same from Mask R-CNN's own masks, as torchvision's ``paste_masks_in_image`` would paste them."""
+    masks, scale = expand_masks(torch.from_numpy(prediction["roi_masks"]), padding=1)
+    boxes = expand_boxes(torch.from_numpy(prediction["boxes"]), scale).to(torch.int64).tolist()
+    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        height, width = max(bottom - top + 1, 1), max(right - left + 1, 1)
+        pixels = interpolate(mask[None], size=(height, width), mode="bilinear", align_corners=False)[0, 0] > 0.5
+        rows, columns = slice(max(top, 0), min(bottom + 1, size[0])), slice(max(left, 0), min(right + 1, size[1]))
+        crop = pixels[rows.start - top : max(rows.stop - top, 0), columns.start - left : max(columns.stop - left, 0)]
+        yield rows.start, columns.start, crop.numpy()
+
+
+def _match(
+    ious: np.ndarray, areas: np.ndarray, target_areas: np.ndarray, iscrowd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give the detections of one image and class, by falling score, the object that each fits best.
+
+    For the four ranges of area and the ten IoU thresholds at once: the object's index or
+    -1 [4, 10, D], whether the detection is ignored [4, 10, D], and the object [4, G].
+    """
+
+    def outside(areas):
+        return (areas < _AREAS[:, :1]) | (areas > _AREAS[:, 1:])
+
+    ignore = iscrowd | outside(target_areas)
+    matched = np.full((4, 10, len(areas)), -1)
+    ignored = np.zeros(matched.shape, bool)
+    taken = np.zeros((4, 10, len(iscrowd)), bool)
+    thresholds = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None]
+    for d in np.flatnonzero((ious >= thresholds[0]).any(axis=1)):
+        free = (ious[d] >= thresholds) & (~taken | iscrowd)
+        counted = free & ~ignore[:, None]
+        # An object that does not count is taken only where none that counts is left.
+        free = np.where(counted.any(axis=-1, keepdims=True), counted, free)
+        best = len(iscrowd) - 1 - np.where(free, ious[d], -1)[..., ::-1].argmax(axis=-1)  # of equals, the last
+        a, t = np.nonzero(free.any(axis=-1))
+        matched[a, t, d] = best[a, t]
+        ignored[a, t, d] = ignore[a, best[a, t]]
+        taken[a, t, best[a, t]] = True
+    ignored |= (matched < 0) & outside(areas)[:, None]
+    return matched, ignored, ignore
+
+
+def _curves(true: np.ndarray, false: np.ndarray, num_objects: float, scores: np.ndarray) -> np.ndarray:
+    """Precision and score [2, 10, 101] at COCO's recalls, from what each detection adds [10, D], by falling score."""
+    true, false = true.cumsum(axis=1, dtype=np.float64), false.cumsum(axis=1, dtype=np.float64)
+    precision = true / (true + false + np.spacing(1))
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    curves = np.zeros((2, len(true), len(RECALLS)))
+    for t in range(len(true)):
+        at = np.searchsorted(true[t] / num_objects, RECALLS)
+        at = at[at < len(scores)]
+        curves[:, t, : len(at)] = precision[t, at], scores[at]
+    return curves
+
+
+def _metrics(images: Sequence[ImageIoUs], kind: str) -> CocoMetrics:
+    labels = sorted({int(label) for image in images for label in [*image.labels, *image.target_labels]})
+    precision = np.full((4, 10, len(RECALLS), len(labels)), -1.0)
+    scores = precision[0].copy()
+    recall = np.full((4, 10, len(labels)), -1.0)
+    recall_of_first = {1: recall[0].copy(), 10: recall[0].copy()}
+    matches, num_dropped = {}, 0
+    for k, label in enumerate(labels):
+        parts, num_objects = [], np.zeros((4, len(images)), np.int64)
+        for i, image in enumerate(images):
+            found = np.flatnonzero(image.labels == label)
+            found = found[np.argsort(-image.scores[found], kind="stable")]
+            num_dropped += max(len(found) - MAX_DETECTIONS, 0)
+            found = found[:MAX_DETECTIONS]
+            objects = np.flatnonzero(image.target_labels == label)
+            matched, ignored, ignore = _match(
+                getattr(image, f"{kind}_ious")[np.ix_(found, objects)],
+                getattr(image, f"{kind}_areas")[found],
+                image.target_areas[objects],
+                image.iscrowd[objects],
+            )
+            num_objects[:, i] = (~ignore).sum(axis=1)
+            targets = np.append(objects, -1)[matched]
+            parts.append((np.full(len(found), i), found, np.arange(len(found)), image.scores[found], targets, ignored))
+        place, found, rank, score, targets, ignored = (
+            np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
+        )
+        order = np.argsort(-score, kind="stable")
+        place, found, rank, score = (values[order] for values in (place, found, rank, score))
+        targets, ignored = targets[..., order], ignored[..., order]
+        true, false = (targets >= 0) & ~ignored, (targets < 0) & ~ignored
+        for a, total in enumerate(num_objects.sum(axis=1)):
+            if total:
+                curves = _curves(true[a], false[a], total, score)
+                precision[a, :, :, k] = curves[0]
+                recall[a, :, k] = true[a].sum(axis=1) / total
+                if a == 0:
+                    scores[:, :, k] = curves[1]
+                    for first, values in recall_of_first.items():
+                        values[:, k] = (true[0] & (rank < first)).sum(axis=1) / total
+        matches[label] = ClassMatches(place, found, score, targets[0], ignored[0], num_objects[0])
+
+    def mean(values: np.ndarray) -> float | None:
+        values = values[values > -1]
+        return float(values.mean()) if values.size else None
+
+    numbers = [mean(precision[0]), mean(precision[0, 0]), mean(precision[0, 5]), *map(mean, precision[1:])]
+    numbers += [mean(recall_of_first[1]), mean(recall_of_first[10]), *map(mean, recall)]
+    return CocoMetrics(
+        **dict(zip(_NAMES, numbers, strict=True)),
+        per_class={label: mean(precision[0, :, :, k]) for k, label in enumerate(labels)},
+        precision=precision[0],
+        scores=scores,
+        matches=matches,
+        num_dropped=num_dropped,
+    )
+
+
+def coco_metrics(images: Sequence[ImageIoUs]) -> CocoResults:
     """Box metrics, and mask metrics where there are masks, of a set of images.
 
     Args:
-        sizes: height and width of every image, in pixels.
-        targets, predictions: for every image, what :func:`coco_annotations` gives. Images
-            are known by their place in these lists, so that ``image_id`` need not be unique.
+        images: what :func:`compare` gives for every image. Images are known by their
+            place in this list, so that ``image_id`` need not be unique.
 
     Raises:
-        ValueError: the three differ in length, or there are no images.
+        ValueError: there are no images.
     """
-    if not len(sizes) == len(targets) == len(predictions) or not sizes:
-        counts = f"{len(sizes)} sizes, {len(targets)} targets and {len(predictions)} predictions"
-        raise ValueError(f"{counts}: one of each is needed for every image, and at least one image")
-    images = [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes, start=1)]
-    every = [a for of_image in [*targets, *predictions] for a in of_image]
-    box = _metrics(images, targets, predictions, "bbox")
-    has_masks = bool(every) and all("segmentation" in a for a in every)
-    return CocoResults(box, _metrics(images, targets, predictions, "segm") if has_masks else None, len(images))
+    if not images:
+        raise ValueError("there are no images to evaluate on")
+    has_masks = all(image.mask_ious is not None for image in images)
+    has_masks = has_masks and any(image.mask_ious.shape != (0, 0) for image in images)
+    return CocoResults(_metrics(images, "box"), _metrics(images, "mask") if has_masks else None, images)
+
+
+def bootstrap_interval(
+    metrics: CocoMetrics, level: float = 0.95, num_samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """A percentile bootstrap interval of AP: how far it moves when the test images are drawn again.
+
+    Args:
+        metrics: ``results.box`` or ``results.mask`` of :func:`tutorial_lib.engine.evaluate`.
+        level: the share of resamples inside the interval.
+        num_samples: how many times the images are drawn, with replacement. A draw that holds no
+            object at all is left out.
+
+    Returns:
+        The lower and the upper bound, in [0, 1].
+
+    Raises:
+        ValueError: there are no objects.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; notebook 05.
+    """
+    if metrics.AP is None:
+        raise ValueError("AP is None: there are no objects to resample")
+    num_images = len(next(iter(metrics.matches.values())).num_objects)
+    rng = np.random.default_rng(seed)
+    aps = []
+    for _ in range(num_samples):
+        times = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
+        per_class = []
+        for matches in metrics.matches.values():
+            if total := (times * matches.num_objects).sum():
+                weights = times[matches.images] * ~matches.ignored
+                true, false = weights * (matches.targets >= 0), weights * (matches.targets < 0)
+                per_class.append(_curves(true, false, total, matches.scores)[0].mean())
+        if per_class:
+            aps.append(np.mean(per_class))
+    low, high = np.quantile(aps, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation of one number over several seeds.
+
+    Raises:
+        ValueError: there are fewer than two values, which have no spread.
+
+    Source: notebook 05.
+    """
+    if len(values) < 2:
+        raise ValueError(f"the spread of {len(values)} value(s) is not known: train with at least two seeds")
+    return float(np.mean(values)), float(np.std(values, ddof=1))

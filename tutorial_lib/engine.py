@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from tqdm import tqdm
 
-from tutorial_lib.coco_eval import CocoResults, coco_annotations, coco_metrics
+from tutorial_lib.coco_eval import CocoResults, coco_metrics, compare
 
 
 def pick_device() -> torch.device:
@@ -156,28 +158,59 @@ def validation_loss(model: nn.Module, data_loader: DataLoader, device: torch.dev
     return sum(losses) / len(losses)
 
 
+@contextlib.contextmanager
+def _masks_unpasted(model: nn.Module) -> Iterator[None]:
+    """Have torchvision's Mask R-CNN give its 28 × 28 masks as ``roi_masks``: pasting them takes long on a CPU."""
+    transform = getattr(model, "transform", None)
+    if type(model).forward is not GeneralizedRCNN.forward or type(transform) is not GeneralizedRCNNTransform:
+        yield
+        return
+    postprocess = transform.postprocess
+
+    def boxes_only(predictions: list[dict], image_shapes: list, original_sizes: list) -> list[dict]:
+        masks = [prediction.pop("masks", None) for prediction in predictions]
+        predictions = postprocess(predictions, image_shapes, original_sizes)
+        for prediction, of_image in zip(predictions, masks, strict=True):
+            if of_image is not None:
+                prediction["roi_masks"] = of_image
+        return predictions
+
+    transform.postprocess = boxes_only
+    try:
+        yield
+    finally:
+        del transform.postprocess
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *, progress: bool = True) -> CocoResults:
     """COCO box and mask AP on the images of the loader, each of which is read once.
+
+    Only IoUs are kept of an image, so memory hardly grows with their number.
 
     Args:
         model: any module that maps a list of images to a list of dicts with ``boxes``,
             ``labels``, ``scores`` and, for mask AP, ``masks``. It is left in the mode it was in.
         data_loader: gives (images, targets); shuffling does not matter.
 
-    Source: notebook 02 uses it; https://cocodataset.org/#detection-eval
+    Raises:
+        ValueError: the loader gives no images, or a target or prediction whose parts do
+            not fit each other; the message names the image.
+
+    Source: notebook 02 uses it, notebook 05 builds it; https://cocodataset.org/#detection-eval
     """
-    sizes, truth, found = [], [], []
-    with _mode_kept(model):
+    compared = []
+    with _mode_kept(model), _masks_unpasted(model):
         model.eval()
         for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
             predictions = model([image.to(device) for image in images])
             for image, target, prediction in zip(images, targets, predictions, strict=True):
-                size = tuple(image.shape[-2:])
-                sizes.append(size)
-                truth.append(coco_annotations(target, size))
-                found.append(coco_annotations(prediction, size))
-    return coco_metrics(sizes, truth, found)
+                try:
+                    compared.append(compare(prediction, target, tuple(image.shape[-2:])))
+                except ValueError as error:
+                    where = f"image {len(compared)} of the loader, image_id {target.get('image_id')}"
+                    raise ValueError(f"{where}: {error}") from error
+    return coco_metrics(compared)
 
 
 @torch.no_grad()
