@@ -116,7 +116,9 @@ def test_sample_holds_no_scene_that_the_starter_weights_were_trained_on(sample_r
 
 def test_people_alone_are_labelled_in_the_sample(tmp_path, monkeypatch):
     scenes = []
-    monkeypatch.setattr(sample, "draw_scene", lambda *args: scenes.append(draw_scene(*args)) or scenes[-1])
+    monkeypatch.setattr(
+        sample, "draw_scene", lambda *args, **more: scenes.append(draw_scene(*args, **more)) or scenes[-1]
+    )
     folder = write_sample(tmp_path, num_images=6)
     scenes = [scene for scene in scenes if "person" in scene[2]]
     assert any(set(labels) != {"person"} for _, _, labels in scenes)
@@ -162,15 +164,28 @@ def test_scene_has_one_label_for_each_instance(scenes):
 
 def test_counted_objects_are_in_sight(scenes):
     sizes = [np.bincount(ids.ravel(), minlength=len(labels) + 1)[1:] for _, ids, labels in scenes]
-    assert all((size >= 24).all() for size in sizes)
+    assert all((size >= 64).all() for size in sizes)
     assert sum(map(len, sizes)) > 100
 
 
 def test_specks_are_not_counted():
-    """In small pictures many objects have fewer than 24 pixels."""
+    """In small pictures many objects have fewer than 64 pixels."""
     for number in range(60):
         _, ids, labels = draw_scene(np.random.default_rng(number), size=(48, 36), people=(4, 8))
-        assert (np.bincount(ids.ravel(), minlength=len(labels) + 1)[1:] >= 24).all()
+        assert (np.bincount(ids.ravel(), minlength=len(labels) + 1)[1:] >= 64).all()
+
+
+def test_an_umbrella_belongs_to_its_person():
+    """The same scene, dry and in the rain."""
+    larger = []
+    for number in range(20):
+        dry, wet = (
+            draw_scene(np.random.default_rng(number), people=(1, 1), others=(0, 0), rain=rain) for rain in (False, True)
+        )
+        if dry[2] == wet[2] == ["person"]:
+            larger.append((wet[1] > 0).sum() > 1.15 * (dry[1] > 0).sum())
+            assert dry[0].tobytes() != wet[0].tobytes()
+    assert len(larger) > 8 and np.mean(larger) > 0.8
 
 
 def test_scenes_hold_every_category(scenes):

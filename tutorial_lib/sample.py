@@ -35,6 +35,8 @@ def _choose(rng: np.random.Generator, colours: list, spread: int = 18) -> tuple[
 # Every object is a list of parts in its own units: x to the right, y up from the
 # ground at 0, one unit high. ("line", points, width, colour) has round ends;
 # ("ellipse", (x, y), (rx, ry), colour); ("ring", ..., width, colour); ("polygon", points, colour).
+# A mask follows the outline, as annotators draw it: a ring's inside belongs to it, and
+# a polygon without a colour is in the mask alone.
 
 
 def _person(rng: np.random.Generator, riding: bool = False) -> list[tuple]:
@@ -121,12 +123,27 @@ def _towards(start, angle, length):
     return (start[0] + length * math.sin(angle), start[1] - length * math.cos(angle))
 
 
+def _umbrella(rng: np.random.Generator) -> list[tuple]:
+    """Held over a person's head; its canopy is a half disc."""
+    paint, x, rim = _choose(rng, _CLOTHES, 40), rng.uniform(-0.06, 0.1), rng.uniform(0.98, 1.04)
+    wide, tall = rng.uniform(0.26, 0.42), rng.uniform(0.16, 0.24)
+    turns = np.linspace(0, math.pi, 13)
+    canopy = [(x + wide * math.cos(t), rim + tall * math.sin(t)) for t in turns]
+    shade = tuple(int(c * 0.75) for c in paint)
+    return [
+        ("line", [(x, 0.62), (x, rim)], 0.02, (60, 60, 62)),
+        ("polygon", canopy, paint),
+        ("polygon", [*canopy[4:9], (x, rim)], shade),
+    ]
+
+
 def _bicycle(rng: np.random.Generator) -> list[tuple]:
     frame, tyre = _choose(rng, _CLOTHES, 40), _choose(rng, [(25, 25, 25), (60, 60, 60)])
     r = 0.33
     back, front, pedal, seat, bar = (-0.52, r), (0.52, r), (-0.05, r), (-0.2, 0.85), (0.4, 0.92)
     lines = [(back, pedal), (pedal, seat), (seat, back), (seat, (0.42, 0.8)), (pedal, (0.42, 0.8)), (front, bar)]
-    parts = [("ring", hub, (r, r), 0.06, tyre) for hub in (back, front)]
+    parts: list[tuple] = [("ring", hub, (r, r), 0.06, tyre) for hub in (back, front)]
+    parts.append(("polygon", [back, seat, bar, front], None))
     parts += [("line", list(line), 0.055, frame) for line in lines]
     parts.append(("line", [(-0.3, 0.88), (-0.1, 0.88)], 0.07, tyre))
     parts.append(("line", [bar, (0.28, 0.98)], 0.05, tyre))
@@ -205,6 +222,8 @@ def _draw_parts(draws: list[ImageDraw.ImageDraw], parts: list[tuple], x: float, 
 
     for kind, where, *rest, colour in parts:
         for draw, fill in zip(draws, [colour] + [255] * (len(draws) - 1), strict=True):
+            if fill is None:
+                continue
             if kind == "polygon":
                 draw.polygon(place(where), fill=fill)
             elif kind == "line":
@@ -217,7 +236,7 @@ def _draw_parts(draws: list[ImageDraw.ImageDraw], parts: list[tuple], x: float, 
                 ((px, py),) = place([where])
                 rx, ry = rest[0][0] * height, rest[0][1] * height
                 box = (px - rx, py - ry, px + rx, py + ry)
-                if kind == "ellipse":
+                if kind == "ellipse" or fill == 255:
                     draw.ellipse(box, fill=fill)
                 else:
                     draw.ellipse(box, outline=fill, width=max(round(rest[1] * height), 1))
@@ -264,6 +283,7 @@ def draw_scene(
     size: tuple[int, int] = (256, 192),
     people: tuple[int, int] = (1, 5),
     others: tuple[int, int] = (0, 4),
+    rain: bool = False,
 ) -> tuple[Image.Image, np.ndarray, list[str]]:
     """Draw one street scene.
 
@@ -272,11 +292,12 @@ def draw_scene(
         size: width and height in pixels.
         people: the fewest and the most people that are placed.
         others: the fewest and the most things of other categories.
+        rain: everybody holds an umbrella, which belongs to the person's mask.
 
     Returns:
         The image (RGB), the instances (uint8 [H, W], 0 where there is none, k where
         the k-th object is seen) and the objects' category names in that order. An
-        object of which less than a fifth, or fewer than 24 pixels, is left in sight
+        object of which less than a quarter, or fewer than 64 pixels, is left in sight
         is drawn but not counted.
     """
     width, height = size[0] * _SUPERSAMPLE, size[1] * _SUPERSAMPLE
@@ -284,14 +305,14 @@ def draw_scene(
     image = _background(rng, width, height, horizon)
     names = ["person"] * int(rng.integers(people[0], people[1] + 1))
     names += rng.choice(CATEGORIES[2:], int(rng.integers(others[0], others[1] + 1))).tolist()
-    scale = np.exp(rng.uniform(np.log(0.35), np.log(0.95)))  # height of a person in the front
+    scale = np.exp(rng.uniform(np.log(0.5), np.log(1.0)))  # height of a person in the front
     crowd = rng.uniform(0.2, 0.8) if rng.random() < 0.35 else None  # people close together
     things = []
     for name in names:
         depth = rng.uniform(0, 1)
         feet = horizon + (1 - horizon) * (0.25 + 0.75 * depth)
         build, (low, high) = _OBJECTS[name]
-        tall = scale * (0.45 + 0.55 * depth) * rng.uniform(low, high)
+        tall = scale * (0.55 + 0.45 * depth) * rng.uniform(low, high)
         middle = rng.uniform(0.03, 0.97)
         if crowd is not None and name == "person":
             middle = float(np.clip(crowd + rng.normal(0, 0.12), 0.02, 0.98))
@@ -301,7 +322,10 @@ def draw_scene(
         if riding:
             things.append((depth, "bicycle", _bicycle(rng), (*place[:2], place[2] * 0.58, flip)))
             place = (place[0] - flip * 0.12 * place[2], place[1] - 0.1 * place[2], *place[2:])
-        things.append((depth + 0.001 * riding, name, build(rng, riding) if name == "person" else build(rng), place))
+        parts = build(rng, riding) if name == "person" else build(rng)
+        if rain and name == "person":
+            parts += _umbrella(rng)
+        things.append((depth + 0.001 * riding, name, parts, place))
     things.sort(key=lambda thing: thing[0])
 
     draw = ImageDraw.Draw(image)
@@ -317,10 +341,15 @@ def draw_scene(
         ids[seen] = k
         whole.append(int(seen.sum()))
 
+    if rain:
+        for x, y in rng.uniform(0, 1, (int(rng.integers(60, 160)), 2)) * (width, height):
+            drop = tuple(int(c * 0.6 + 90) for c in image.getpixel((int(x), int(y))))
+            draw.line((x, y, x - 0.01 * height, y + 0.05 * height), fill=drop)
+
     kept, labels = np.zeros_like(ids), []
     for k, (_, name, _, _) in enumerate(things, start=1):
         area = int((ids == k).sum())
-        if area >= 24 and area * 5 >= whole[k - 1]:
+        if area >= 64 and area * 4 >= whole[k - 1]:
             labels.append(name)
             kept[ids == k] = len(labels)
     return _light(rng, image.reduce(_SUPERSAMPLE), ids), kept, labels
@@ -331,8 +360,8 @@ def _light(rng: np.random.Generator, image: Image.Image, ids: np.ndarray) -> Ima
     width, height = image.size
     pixels = np.asarray(image).astype(np.float32)
     count = int(ids.max()) + 1
-    for cells in (4, 12, 40, 90):  # each object has a texture of its own strength
-        strength = rng.uniform(0, 0.12, count).astype(np.float32)[ids]
+    for cells in (4, 12, 40, 90):  # each object has a texture of its own strength, the background a stronger one
+        strength = (rng.uniform(0, 0.12, count) * np.where(np.arange(count), 1, 1.6)).astype(np.float32)[ids]
         pixels *= 1 + (strength * _noise(rng, width, height, cells))[..., None]
     stripes = np.sin(np.arange(height)[:, None] * rng.uniform(0.4, 1.6) + rng.uniform(0, 6))
     striped = ((rng.random(count) < 0.15) & (np.arange(count) > 0)).astype(np.float32)[ids]
@@ -354,8 +383,9 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
     """Write drawn street scenes as a data set in PennFudan's layout, unless it is there already.
 
     Only people are labelled, as in PennFudan; cars, trees and dogs are left for the
-    detector to tell apart. Image i depends on (seed, i) alone, and none of them is a
-    scene that the starter weights were trained on.
+    detector to tell apart. It rains, and the umbrella belongs to the mask of the person
+    who holds it: the starter weights have never seen one, so there is something to
+    learn. Image i depends on (seed, i) alone.
 
     Args:
         root: the folder to put the data set in; made if need be.
@@ -367,7 +397,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
         pixels wide, 176 to 256 high), ``PedMasks`` and ``Annotation``. It appears
         only when it is complete.
     """
-    folder = Path(root) / f"DrawnPed-{num_images}-{seed}"
+    folder = Path(root) / f"RainyPed-{num_images}-{seed}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -380,7 +410,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
             people = 0
             while not people:
                 size = (int(rng.integers(200, 320)), int(rng.integers(176, 256)))
-                image, ids, labels = draw_scene(rng, size)
+                image, ids, labels = draw_scene(rng, size, rain=True)
                 people = labels.count("person")
             # Renumber 1 to N, people only.
             lookup = np.zeros(len(labels) + 1, np.uint8)

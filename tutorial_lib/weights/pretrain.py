@@ -1,11 +1,15 @@
 """Train the mini models' starter weights on drawn scenes.
 
-    python -m tutorial_lib.weights.pretrain --steps 4000 --out runs/starter
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tutorial_lib.weights.pretrain --out runs/starter
 
-Scene i is drawn from (seed, i), so a run is known by its arguments. It writes
-``checkpoint.pt`` every 200 steps, goes on from it when it is called again with the
-same folder, and ends with ``mini_fpn.pt`` (half precision) and ``mini_fpn.json`` (its
-hash, recipe and metrics on held-out scenes), to be copied into ``tutorial_lib/weights``.
+One process a CPU core (or a card) is the fastest; ``python -m`` in place of torchrun is
+one process. Scene i is drawn from (seed, i), so a run is known by its arguments. It
+writes ``checkpoint.pt`` every 200 steps, goes on from it when it is called again with
+the same folder, and ends with ``mini_fpn.pt`` (half precision) and ``mini_fpn.json``
+(its hash, recipe and metrics on held-out scenes), to be copied into
+``tutorial_lib/weights``. The learning rate is constant, then falls to 0 in the last
+quarter; ``before_decay.pt`` is the checkpoint of that moment: to train longer, name it
+checkpoint.pt and call again with more steps.
 """
 
 from __future__ import annotations
@@ -13,16 +17,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tutorial_lib.engine import evaluate, to_device
+from tutorial_lib.engine import evaluate, save_checkpoint, to_device
 from tutorial_lib.models import maskrcnn_mini_fpn
 from tutorial_lib.penn_fudan import boxes_from_masks, collate_fn
 from tutorial_lib.sample import CATEGORIES, draw_scene
@@ -48,7 +55,7 @@ class DrawnScenes(Dataset):
         size = (int(rng.integers(200, 320)), int(rng.integers(176, 256)))
         labels: list[str] = []
         while not labels:
-            image, ids, labels = draw_scene(rng, size, people=(0, 6), others=(0, 5))
+            image, ids, labels = draw_scene(rng, size, people=(0, 5), others=(0, 5))
         masks = torch.from_numpy(ids)[None] == torch.arange(1, len(labels) + 1)[:, None, None]
         boxes = boxes_from_masks(masks)
         target = {
@@ -62,13 +69,23 @@ class DrawnScenes(Dataset):
         return self.transforms(tv_tensors.Image(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)), target)
 
 
-def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int, device: torch.device) -> None:
+def pretrain(
+    out: Path, steps: int, batch_size: int, learning_rate: float, seed: int, workers: int, device: torch.device
+) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if batch_size % world:
+        raise ValueError(f"batch_size {batch_size} cannot be shared by {world} processes")
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     model = maskrcnn_mini_fpn(num_classes=len(CATEGORIES), min_size=(160, 192, 224, 256)).to(device)
     model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+    decay_from = int(0.75 * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 300, max(steps - step, 0) / (steps - decay_from))
+    )
     start = 0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
@@ -78,14 +95,20 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
         schedule.load_state_dict(state["schedule"])
         start = state["step"]
         print(f"going on from step {start}")
-    scenes = DrawnScenes(seed, start * batch_size, (steps - start) * batch_size, train=True)
-    loader = DataLoader(scenes, batch_size, num_workers=1, collate_fn=collate_fn, prefetch_factor=4)
-    model.train()
+    torch.manual_seed(seed + 1000 * start + rank)  # processes must not augment alike
+    scenes = DrawnScenes(seed, 0, steps * batch_size, train=True)
+    share = batch_size // world
+    batches = [
+        range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share) for step in range(start, steps)
+    ]
+    loader = DataLoader(scenes, batch_sampler=batches, num_workers=workers, collate_fn=collate_fn)
+    detector = DistributedDataParallel(model) if world > 1 else model
+    detector.train()
     begun, losses = time.perf_counter(), []
     for step, (images, targets) in enumerate(loader, start=start + 1):
         images, targets = to_device(images, targets, device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = sum(model(images, targets).values())
+            loss = sum(detector(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -98,20 +121,25 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
             losses.clear()
             if not np.isfinite(mean):
                 raise FloatingPointError(f"the loss is not finite at step {step}")
-            print(f"step {step}/{steps}  loss {mean:.3f}  {rate:.2f} steps/s", flush=True)
-        if step % 200 == 0 or step == steps:
+            if rank == 0:
+                print(f"step {step}/{steps}  loss {mean:.3f}  {rate:.2f} steps/s", flush=True)
+        if rank == 0 and (step % 200 == 0 or step in (decay_from, steps)):
             state = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(), "step": step,
             }  # fmt: skip
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            save_checkpoint(checkpoint, **state)
+            if step == decay_from:
+                save_checkpoint(out / "before_decay.pt", **state)
+    if rank:
+        return
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     torch.save({k: v.cpu().contiguous() for k, v in half.items()}, out / "mini_fpn.pt")
-    recipe = f"python -m tutorial_lib.weights.pretrain --steps {steps} --batch-size {batch_size}"
+    launcher = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+    recipe = f"{launcher} -m tutorial_lib.weights.pretrain --steps {steps} --batch-size {batch_size}"
     recipe += f" --learning-rate {learning_rate} --seed {seed}"
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
-    model.transform.min_size = (192,)
+    model.transform.min_size = (240,)
     held_out = DataLoader(DrawnScenes(seed, HELD_OUT, NUM_HELD_OUT, train=False), batch_size, collate_fn=collate_fn)
     results = evaluate(model, held_out, device, progress=False)
     print(results)
@@ -121,7 +149,7 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
         "_file_size": (out / "mini_fpn.pt").stat().st_size,
         "recipe": recipe,
         "_metrics": {
-            f"{NUM_HELD_OUT} held-out drawn scenes, {len(CATEGORIES) - 1} classes, min_size 192": {
+            f"{NUM_HELD_OUT} held-out drawn scenes, {len(CATEGORIES) - 1} classes, min_size 240": {
                 "box_map": round(results.box.AP, 3),
                 "mask_map": round(results.mask.AP, 3),
                 "box_map_person": round(results.box.per_class[1], 3),
@@ -136,10 +164,11 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/starter"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw, for each that trains")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = vars(parser.parse_args())
     pretrain(**arguments)
