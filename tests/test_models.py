@@ -263,7 +263,7 @@ def test_replaced_box_predictor_is_all_that_is_new(name):
     assert predictor.cls_score.weight.shape == (2, width) and predictor.bbox_pred.weight.shape == (8, width)
     if "mask" in name:
         channels = model.roi_heads.mask_predictor.conv5_mask.weight.shape
-        check_replaced(replace_mask_predictor, model, "roi_heads.mask_predictor.", 2)
+        check_replaced(replace_mask_predictor, model, "roi_heads.mask_predictor.mask_fcn_logits.", 2)
         assert model.roi_heads.mask_predictor.conv5_mask.weight.shape == channels
         assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == 2
 

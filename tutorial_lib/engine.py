@@ -46,7 +46,13 @@ def autocast_backbone(model: nn.Module, device: torch.device) -> bool:
     """
     if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
         return False
-    forward = model.backbone.forward
+    compute_in_bfloat16(model.backbone)
+    return True
+
+
+def compute_in_bfloat16(backbone: nn.Module) -> None:
+    """Put a backbone's forward under bfloat16 autocast, in place; its features are float32 again."""
+    forward = backbone.forward
 
     def in_bfloat16(images: Tensor) -> Tensor | dict[str, Tensor]:
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
@@ -55,8 +61,7 @@ def autocast_backbone(model: nn.Module, device: torch.device) -> bool:
             return features.float()
         return {name: feature.float() for name, feature in features.items()}
 
-    model.backbone.forward = in_bfloat16
-    return True
+    backbone.forward = in_bfloat16
 
 
 def to_device(images: Iterable[Tensor], targets: Iterable[dict], device: torch.device) -> tuple[list, list]:

@@ -179,11 +179,16 @@ def replace_box_predictor(model: FasterRCNN, num_classes: int) -> FasterRCNN:
 
 
 def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
-    """Give a Mask R-CNN a new, untrained mask predictor, in place; its hidden layer keeps its width.
+    """Give a Mask R-CNN a new, untrained last layer for its masks, in place.
+
+    The transposed convolution before it does not know classes, and keeps what it has learned.
+
+    Args:
+        model: with torchvision's ``roi_heads.mask_predictor``.
+        num_classes: with the background, so 2 for people alone.
 
     Source: notebook 04.
     """
-    in_channels = model.roi_heads.mask_predictor.conv5_mask.in_channels
-    hidden = model.roi_heads.mask_predictor.conv5_mask.out_channels
-    model.roi_heads.mask_predictor = MaskRCNNPredictor(in_channels, hidden, num_classes)
+    in_channels = model.roi_heads.mask_predictor.mask_fcn_logits.in_channels
+    model.roi_heads.mask_predictor.mask_fcn_logits = nn.Conv2d(in_channels, num_classes, kernel_size=1)
     return model

@@ -118,18 +118,21 @@ print(zero_shot)
 #
 # The box predictor goes as in notebook 02. The mask predictor has a transposed convolution
 # that doubles 14 × 14 to 28 × 28, and a 1 × 1 convolution with one output *for each class*.
-# Forget to replace it, and the masks of your class 1 are those of the old class 1:
+# Forget to replace it, and the masks of your class 1 are those of the old class 1. Many texts put a
+# new `MaskRCNNPredictor` in its place; but only its last layer depends on the number of classes,
+# and the transposed convolution need not forget how to draw an outline:
 
 # %% tags=["copy-me"]
 # tutorial_lib/models.py
+from torch import nn
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 
 def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
-    in_channels = model.roi_heads.mask_predictor.conv5_mask.in_channels
-    hidden = model.roi_heads.mask_predictor.conv5_mask.out_channels
-    model.roi_heads.mask_predictor = MaskRCNNPredictor(in_channels, hidden, num_classes)
+    in_channels = model.roi_heads.mask_predictor.mask_fcn_logits.in_channels
+    model.roi_heads.mask_predictor.mask_fcn_logits = nn.Conv2d(
+        in_channels, num_classes, kernel_size=1
+    )
     return model
 
 
