@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -106,14 +109,15 @@ def train_one_epoch(
     model.train()
     history = []
     for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
-        images, targets = to_device(images, targets, device)
-        losses = model(images, targets)
-        loss = sum(losses.values())
-        if not torch.isfinite(loss):
-            raise_non_finite(losses, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with memory_advice(device):
+            images, targets = to_device(images, targets, device)
+            losses = model(images, targets)
+            loss = sum(losses.values())
+            if not torch.isfinite(loss):
+                raise_non_finite(losses, targets, step=len(history) + 1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()
         history.append({"loss": loss.item(), **{name: value.item() for name, value in losses.items()}})
@@ -122,14 +126,27 @@ def train_one_epoch(
     return {name: sum(step[name] for step in history) / len(history) for name in history[0]}
 
 
-def raise_non_finite(losses: dict[str, Tensor], targets: Sequence[dict]) -> None:
-    """Raise the FloatingPointError that names the losses and the images of the batch."""
+def raise_non_finite(losses: dict[str, Tensor], targets: Sequence[dict], step: int) -> None:
+    """Raise the FloatingPointError that names the losses, the step of the epoch and the images of the batch."""
     values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
     raise FloatingPointError(
-        f"the loss is not finite ({values}) on the images with image_id "
-        f"{[target.get('image_id') for target in targets]}. Look at their pixels and boxes first; "
-        "then lower the learning rate, or lengthen the warm-up."
+        f"the loss is not finite at step {step} ({values}) on the images with image_id "
+        f"{[target.get('image_id') for target in targets]}. Look at their pixels and boxes first "
+        "(tutorial_lib.checks.check_dataset does); then lower the learning rate, or lengthen the warm-up."
     )
+
+
+@contextlib.contextmanager
+def memory_advice(device: torch.device) -> Iterator[None]:
+    """Add to an out-of-memory error of the device what to do about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            f"{device} has not enough memory for this step: lower batch_size first, then min_size and max_size. In a "
+            "notebook, restart the kernel, since what this run has taken is not given back while the error is shown."
+        )
+        raise
 
 
 @contextlib.contextmanager
@@ -261,14 +278,35 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
     """Write a checkpoint, all or nothing: to a temporary name first, moved over ``path`` when whole.
 
     Args:
-        state: what to keep, by name: state dicts, numbers, strings, lists, dicts.
+        state: what to keep, by name: what has a ``state_dict`` (model, optimizer, lr_scheduler,
+            scaler), numbers, strings, lists, dicts. The states of the random generators of
+            torch, CUDA, NumPy and Python are added under ``"random"``.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk. What was at ``path`` is still there.
+
+    Source: notebook 04.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in state.items()}
+    name, keys, *rest = np.random.get_state()
+    state["random"] = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
     temporary = path.with_name(path.name + ".tmp")
     try:
-        torch.save(state, temporary)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        kept = "the checkpoint that was there is kept" if path.exists() else "nothing is left of it"
+        raise OSError(f"{path} cannot be written ({error}); {kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -288,3 +326,50 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+
+
+def resume(path: str | Path, **parts: Any) -> dict[str, Any]:
+    """Put a checkpoint back where it came from, so that training goes on as if it had never stopped.
+
+    On a CPU with the same number of threads the weights at the end are the same to the last
+    bit, if the checkpoint was written between two epochs.
+
+    Args:
+        path: of :func:`save_checkpoint`.
+        parts: model, optimizer, lr_scheduler, … by the names that they were saved under.
+
+    Returns:
+        What else it holds: the epoch, the preset, ….
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_checkpoint`; or the checkpoint lacks a part, or is
+            of another model. The message names the file and the first difference. Nothing has been
+            loaded then.
+
+    Source: notebook 04.
+    """
+    checkpoint = load_checkpoint(path)
+    if missing := [name for name in (*parts, "random") if name not in checkpoint]:
+        raise ValueError(f"{path} does not hold {', '.join(missing)}; it holds {', '.join(checkpoint)}")
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    for name, module in modules.items():
+        theirs = {key: tuple(value.shape) for key, value in checkpoint[name].items()}
+        ours = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        if differing := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
+            key = differing[0]
+            raise ValueError(
+                f"{path} is of another {name}: {len(differing)} entries differ. The first, {key}, is "
+                f"{theirs.get(key, 'missing')} in the file and {ours.get(key, 'missing')} in the {name}"
+            )
+    try:
+        for name, part in sorted(parts.items(), key=lambda item: item[0] in modules):  # what can still fail first
+            part.load_state_dict(checkpoint.pop(name))
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit the {name}: {error}") from error
+    states = checkpoint.pop("random")
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+    return checkpoint

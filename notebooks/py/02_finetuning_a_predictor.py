@@ -328,7 +328,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tutorial_lib.engine import raise_non_finite, to_device
+from tutorial_lib.engine import memory_advice, raise_non_finite, to_device
 
 
 def train_one_epoch(
@@ -345,14 +345,15 @@ def train_one_epoch(
     for images, targets in tqdm(
         data_loader, file=sys.stdout, leave=False, disable=not progress
     ):
-        images, targets = to_device(images, targets, device)
-        losses = model(images, targets)
-        loss = sum(losses.values())
-        if not torch.isfinite(loss):
-            raise_non_finite(losses, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with memory_advice(device):
+            images, targets = to_device(images, targets, device)
+            losses = model(images, targets)
+            loss = sum(losses.values())
+            if not torch.isfinite(loss):
+                raise_non_finite(losses, targets, step=len(history) + 1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()
         history.append(
