@@ -655,7 +655,9 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, 
         raise error
 
     monkeypatch.setattr(engine.torch, "save", write_a_bit_and_fail)
-    with pytest.raises(type(error), match=None if isinstance(error, KeyboardInterrupt) else "last.pt cannot be written"):
+    with pytest.raises(
+        type(error), match=None if isinstance(error, KeyboardInterrupt) else "last.pt cannot be written"
+    ):
         save_checkpoint(path, epoch=2)
     assert load_checkpoint(path)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

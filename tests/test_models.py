@@ -9,10 +9,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import box_iou
 
 from tutorial_lib import models
-from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
+from tutorial_lib.models import backbone_with_fpn, feature_nodes, replace_box_predictor, replace_mask_predictor
 from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.sample import CATEGORIES
 from tutorial_lib.transforms import get_transform
@@ -285,3 +286,51 @@ def test_model_with_replaced_predictors_trains_and_predicts(batch):
     with torch.inference_mode():
         prediction = model.eval()(batch[0][:1])[0]
     assert set(prediction["labels"].tolist()) <= {1, 2} and len(prediction["masks"]) > 0
+
+
+# Backbones
+
+TRUNKS = {  # trunk: channels at the strides 4, 8, 16 and 32, from their papers and torchvision's source
+    "resnet18": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048), "wide_resnet50_2": (256, 512, 1024, 2048),
+    "mobilenet_v2": (24, 32, 96, 1280), "mobilenet_v3_small": (16, 24, 48, 576),
+    "mobilenet_v3_large": (24, 40, 112, 960), "efficientnet_b0": (24, 40, 112, 1280),
+    "efficientnet_v2_s": (48, 64, 160, 1280), "convnext_tiny": (96, 192, 384, 768), "swin_t": (96, 192, 384, 768),
+    "regnet_y_400mf": (48, 104, 208, 440), "densenet121": (256, 512, 1024, 1024),
+    "mnasnet1_0": (24, 40, 96, 1280), "shufflenet_v2_x1_0": (24, 116, 232, 1024), "vgg11_bn": (256, 512, 512, 512),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.filterwarnings("ignore")
+def test_backbone_with_fpn_finds_the_ends_of_the_stages(name):
+    trunk = torchvision.models.get_model(name, weights=None).train()
+    nodes = feature_nodes(trunk)
+    assert list(nodes) == [4, 8, 16, 32]
+    assert tuple(channels for _, channels, _ in nodes.values()) == TRUNKS[name]
+    assert all(module.training for module in trunk.modules())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "swin_t", "resnet18"])
+def test_backbone_with_fpn_makes_a_detector_that_trains_and_predicts(name):
+    torch.manual_seed(0)
+    backbone = backbone_with_fpn(name, out_channels=32)
+    features = backbone(torch.rand(2, 3, 64, 96))
+    assert [tuple(f.shape) for f in features.values()] == [
+        (2, 32, 16, 24), (2, 32, 8, 12), (2, 32, 4, 6), (2, 32, 2, 3), (2, 32, 1, 2),
+    ]  # fmt: skip
+    anchors = AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 5)
+    model = FasterRCNN(backbone, 2, rpn_anchor_generator=anchors, min_size=64, max_size=96)
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 50]]), "labels": torch.tensor([1])}
+    sum(model([torch.rand(3, 64, 80)], [target]).values()).backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    assert len(trained) > 0.95 * len(list(model.parameters()))
+    assert model.eval()([torch.rand(3, 64, 80)])[0].keys() == {"boxes", "labels", "scores"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("squeezenet1_1", r"no features at stride \[4, 8, 16, 32\]"), ("vit_b_16", "cannot be traced")],
+)
+def test_backbone_with_fpn_says_what_a_trunk_lacks(name, message):
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        backbone_with_fpn(name)

@@ -13,18 +13,22 @@ does for torchvision's models, from a file of this package, without a network.
 import hashlib
 import json
 from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import Weights, WeightsEnum, mobilenet_v3_small
+from torchvision.models import Weights, WeightsEnum, get_model, mobilenet_v3_small
 from torchvision.models._api import register_model
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms._presets import ObjectDetection
 
 from tutorial_lib.sample import CATEGORIES
@@ -192,3 +196,90 @@ def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
     in_channels = model.roi_heads.mask_predictor.mask_fcn_logits.in_channels
     model.roi_heads.mask_predictor.mask_fcn_logits = nn.Conv2d(in_channels, num_classes, kernel_size=1)
     return model
+
+
+def feature_nodes(trunk: nn.Module) -> dict[int, tuple[str, int, bool]]:
+    """Where a classification trunk ends each of its resolutions.
+
+    Args:
+        trunk: one that torch.fx can trace, as most of ``torchvision.models`` are.
+
+    Returns:
+        For the strides 4, 8, 16 and 32, as far as the trunk has them: the graph node
+        (``torchvision.models.feature_extraction``), its channels, and whether they come last in
+        its shape, as in Swin.
+
+    Source: notebook 03.
+    """
+    train, evaluation = get_graph_node_names(trunk)
+    names = [name for name in evaluation if name in set(train)]
+    size, modes = 256, {module: module.training for module in trunk.modules()}
+    with torch.no_grad():
+        outputs = create_feature_extractor(trunk.eval(), names)(torch.zeros(1, 3, size, size))
+    for module, training in modes.items():
+        module.training = training
+    strides: dict[str, tuple[int, int, bool]] = {}
+    for name, output in outputs.items():
+        if isinstance(output, Tensor) and output.ndim == 4:
+            for stride in (4, 8, 16, 32):
+                if stride >= max((s for s, _, _ in strides.values()), default=0):
+                    if output.shape[2:] == (size // stride,) * 2:
+                        strides[name] = stride, output.shape[1], False
+                    elif output.shape[1:3] == (size // stride,) * 2:
+                        strides[name] = stride, output.shape[3], True
+    found: dict[int, tuple[str, int, bool]] = {}
+    for name, (stride, channels, last) in strides.items():
+        following = next((other for other, (s, _, _) in strides.items() if s > stride), "")
+        if (
+            len(commonprefix([name.split("."), following.split(".")])) < 2
+        ):  # else it is inside the block that halves the resolution
+            found[stride] = name, channels, last
+    return found
+
+
+class TrunkWithFPN(nn.Module):
+    """A classification trunk under a feature pyramid; :func:`backbone_with_fpn` builds it."""
+
+    def __init__(self, trunk: nn.Module, nodes: dict[int, tuple[str, int, bool]], out_channels: int):
+        super().__init__()
+        self.body = create_feature_extractor(trunk, {name: str(i) for i, (name, _, _) in enumerate(nodes.values())})
+        self.channels_last = [last for _, _, last in nodes.values()]
+        in_channels = [channels for _, channels, _ in nodes.values()]
+        self.fpn = FeaturePyramidNetwork(in_channels, out_channels, LastLevelMaxPool())
+        self.out_channels = out_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = {
+            name: feature.permute(0, 3, 1, 2) if last else feature
+            for (name, feature), last in zip(self.body(images).items(), self.channels_last, strict=True)
+        }
+        return self.fpn(features)
+
+
+def backbone_with_fpn(name: str, weights: WeightsEnum | str | None = None, out_channels: int = 256) -> TrunkWithFPN:
+    """A backbone for torchvision's detectors from any of its classification trunks that has the four usual strides.
+
+    Args:
+        name: as in ``torchvision.models.list_models(module=torchvision.models)``.
+        weights: of the trunk; "DEFAULT", a member of its weights enum, or None for random ones.
+        out_channels: of every level of the pyramid.
+
+    Returns:
+        A module from images float [N, 3, H, W] to a dict of five levels, "0" to "3" at strides 4, 8, 16
+        and 32 and "pool" at 64, each [N, out_channels, ...].
+
+    Raises:
+        ValueError: the trunk has no features at one of the strides, or cannot be traced; the message
+            says which.
+
+    Source: Lin et al., arXiv 1612.03144; notebook 03.
+    """
+    trunk = get_model(name, weights=weights)
+    try:
+        nodes = feature_nodes(trunk)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} cannot be traced on 256 x 256 pixels ({reason}); take another trunk") from error
+    if missing := [stride for stride in (4, 8, 16, 32) if stride not in nodes]:
+        raise ValueError(f"{name} has no features at stride {missing}, which a pyramid needs; take another trunk")
+    return TrunkWithFPN(trunk, dict(sorted(nodes.items())), out_channels)

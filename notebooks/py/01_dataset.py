@@ -74,8 +74,8 @@ print(provenance(preset, pick_device(), weights="no model is trained here"))
 # people in them are outlined, pixel by pixel. Its `readme.txt` says that such works may
 # not be reposted without permission, so this project downloads it and never carries it.
 #
-# At the `quick` preset the pictures are drawn by `tutorial_lib/sample.py` and laid out
-# in the same folders, so every line below is the same.
+# At the `quick` preset the pictures, of people in the rain, are drawn by
+# `tutorial_lib/sample.py` and laid out in the same folders, so every line below is the same.
 
 # %%
 import matplotlib.pyplot as plt

@@ -238,9 +238,9 @@ assert all(torch.equal(v, state_before[k]) for k, v in model.state_dict().items(
 # %% [markdown]
 # ## Train, and keep the best epoch
 #
-# A checkpoint is written whenever the **validation** mask AP is the best so far. It goes to a
-# temporary name first and is moved when it is whole, so that a run that is
-# interrupted leaves the last good one.
+# `best.pt` is written whenever the **validation** mask AP is the best so far, `last.pt` after every epoch, with
+# all that is needed to go on. Each goes to a temporary name first and is moved when it is whole, so
+# that a run that is interrupted leaves the last good one.
 
 # %% tags=["nbval-ignore-output"]
 import tempfile
@@ -253,9 +253,7 @@ torch.manual_seed(SEED)
 parameters = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=preset.learning_rate, weight_decay=0.01)
 schedule = warmup_cosine(optimizer, warmup_steps=steps, total_steps=EPOCHS * steps)
-checkpoint_path = (
-    Path(tempfile.mkdtemp()) / "best.pt"
-)  # in real work, a folder that you keep
+folder = Path(tempfile.mkdtemp())  # in real work, a folder that you keep
 history, best_epoch, begun = [], 0, time.perf_counter()
 for epoch in range(1, EPOCHS + 1):
     losses = train_one_epoch(
@@ -274,20 +272,23 @@ for epoch in range(1, EPOCHS + 1):
     if not best_epoch or val.mask.AP > history[best_epoch - 1]["mask"]:
         best_epoch = epoch
         save_checkpoint(
-            checkpoint_path,
-            model=model.state_dict(),
-            epoch=epoch,
-            preset=preset.name,
+            folder / "best.pt", model=model, epoch=epoch, preset=preset.name
         )
         at_best = predict(
             model, [val_set[0][0]], device
         )  # to compare with what is loaded
+    save_checkpoint(
+        folder / "last.pt",
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        epoch=epoch,
+    )
     print(
         f"epoch {epoch:2}/{EPOCHS}  loss {losses['loss']:.3f}  validation: loss {val_loss:.3f}"
         f"  box AP {val.box.AP:.3f}  mask AP {val.mask.AP:.3f}{'  best' if best_epoch == epoch else ''}"
     )
-minutes = (time.perf_counter() - begun) / 60
-print(f"{minutes:.1f} minutes; best epoch {best_epoch}")
+print(f"{(time.perf_counter() - begun) / 60:.1f} minutes; best epoch {best_epoch}")
 
 # %%
 from tutorial_lib.visualization import plot_history
@@ -317,7 +318,7 @@ assert curves["loss"][-1] < curves["loss"][0]
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import load_checkpoint
 
-checkpoint = load_checkpoint(checkpoint_path)
+checkpoint = load_checkpoint(folder / "best.pt")
 best = build_model()
 autocast_backbone(best, device)
 best.load_state_dict(checkpoint["model"])
@@ -343,13 +344,14 @@ for name, box_ap, mask_ap in rows:
 print(provenance(preset, device))
 
 # %% [markdown]
-# On photographs, finetuning is what makes the small model a detector. At `quick` it is not: the drawn
-# test scenes are of the kind that the starter weights were trained on, for much longer than this
-# notebook's minute, and the new predictors have to catch up with the ones they replaced.
+# Finetuning is what makes the small model a detector of photographs, which it had never seen. The drawn sample of
+# `quick` asks for something new as well: its people hold umbrellas, which belong to their boxes and masks, and which the
+# starter weights leave out.
 
 # %%
+assert finetuned.box.AP > zero_shot.box.AP
+assert finetuned.mask.AP > zero_shot.mask.AP
 assert finetuned.box.AP50 > 0.4
-assert finetuned.mask.AP50 > 0.2
 
 # %% [markdown]
 # The [tutorial on Colab](https://colab.research.google.com/github/pytorch/vision/blob/temp-tutorial/tutorials/torchvision_finetuning_instance_segmentation.ipynb)
@@ -424,10 +426,29 @@ plt.show()
 # %%
 again = build_model()
 autocast_backbone(again, device)
-again.load_state_dict(load_checkpoint(checkpoint_path)["model"])
+again.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
 (loaded,) = predict(again, [val_set[0][0]], device)
 assert all(torch.equal(at_best[0][key], loaded[key]) for key in loaded)
 print(f"the same detections; checkpoint keys: {sorted(checkpoint)}")
+
+# %% [markdown]
+# ## Interrupted, and on again
+#
+# If the kernel dies in epoch 7, run the notebook's cells again up to the training loop, then this line, and begin the loop at
+# the epoch after the one that it returns. `last.pt` also holds the states of the random
+# generators, so that on a CPU the finished run is the same to the last bit as one that was never interrupted.
+
+# %%
+from tutorial_lib.engine import resume
+
+again = build_model()
+autocast_backbone(again, device)
+parameters = [p for p in again.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, lr=preset.learning_rate)
+schedule = warmup_cosine(optimizer, warmup_steps=steps, total_steps=EPOCHS * steps)
+parts = {"model": again, "optimizer": optimizer, "lr_scheduler": schedule}
+done = resume(folder / "last.pt", **parts)["epoch"]
+assert done == EPOCHS and schedule.last_epoch == EPOCHS * steps
 
 # %% [markdown]
 # ## A picture of your own
