@@ -511,4 +511,4 @@ plt.show()
 # - [torchvision's reference scripts for detection](https://github.com/pytorch/vision/tree/main/references/detection).
 # - [Automatic mixed precision in PyTorch](https://docs.pytorch.org/docs/stable/amp.html).
 #
-# **Next:** your own data. Notebook [01](01_dataset.ipynb) shows what a target has to hold.
+# **Next:** [05, evaluate detections](05_evaluating_detections.ipynb), to know what these numbers forgive.

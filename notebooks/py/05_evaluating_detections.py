@@ -657,5 +657,4 @@ assert abs(counted.AR - 2 / 3) < 1e-9
 # - Bolya et al., [TIDE: A General Toolbox for Identifying Object Detection Errors](https://arxiv.org/abs/2008.08115).
 # - Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993.
 #
-# **Next:** back to [04](04_penn_fudan_mask_rcnn.ipynb), with your own data, or to the
-# [README](../README.md) for what else there is.
+# **Next:** [06, mend it when it breaks](06_when_it_breaks.ipynb).

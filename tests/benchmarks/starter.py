@@ -1,0 +1,100 @@
+"""What the starter weights are worth: zero-shot, finetuned at `quick`, and on the photographs beside random weights.
+
+    python -m tests.benchmarks.starter [quick] [laptop]
+
+`quick` finetunes on the drawn sample with 5 seeds; `laptop` on PennFudan (PENN_FUDAN_ROOT) with 3 seeds from the
+starter weights and 3 from random ones, with the same budget. Rows of ``results/starter.json`` that are there already,
+of the same weights and code, are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import time
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.models import get_model, get_model_weights
+
+from tests.benchmarks import RESULTS, provenance, write_results
+from tools.notebooks import library_hash
+from tutorial_lib.coco_eval import mean_and_spread
+from tutorial_lib.engine import evaluate, train_one_epoch, warmup_cosine
+from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
+from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.presets import Preset, choose_preset, prepare_data
+from tutorial_lib.transforms import get_transform
+
+SEEDS = {"quick": range(5), "laptop": range(3)}
+
+
+def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
+    """As notebook 04: the epoch is chosen on the validation images, the test images are read for its row alone."""
+    device, root = torch.device("cpu"), prepare_data(preset)
+    train_set = split_dataset(PennFudanDataset(root, get_transform(train=True)), preset.split, seed=0)[0]
+    _, val_set, test_set = split_dataset(PennFudanDataset(root, get_transform(train=False)), preset.split, seed=0)
+    val_loader, test_loader = (DataLoader(s, preset.batch_size, collate_fn=collate_fn) for s in (val_set, test_set))
+    torch.manual_seed(seed)
+    sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
+    model = get_model(preset.mask_rcnn, weights=weights, **({} if weights else {"num_classes": 2}), **sizes)
+    row = {"preset": preset.name, "weights": weights or "random", "seed": seed, "epochs": preset.long_epochs}
+    if weights:
+        zero_shot = evaluate(model, test_loader, device)
+        row |= {"zero_shot_box_AP": zero_shot.box.AP, "zero_shot_mask_AP": zero_shot.mask.AP}
+        replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate, weight_decay=0.01)
+    schedule = warmup_cosine(optimizer, len(loader), preset.long_epochs * len(loader))
+    best, seconds = (-1.0, None), 0.0
+    for _ in range(preset.long_epochs):
+        begun = time.perf_counter()
+        train_one_epoch(model, optimizer, loader, device, lr_scheduler=schedule)
+        seconds += time.perf_counter() - begun
+        mask_ap = evaluate(model, val_loader, device).mask.AP
+        if mask_ap > best[0]:
+            best = mask_ap, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best[1])
+    results = evaluate(model, test_loader, device)
+    for kind in ("box", "mask"):
+        row |= {f"{kind}_AP": getattr(results, kind).AP, f"{kind}_AP50": getattr(results, kind).AP50}
+    return {**row, "training_seconds": round(seconds, 1)}
+
+
+def summary(rows: list[dict]) -> dict:
+    """Mean and spread over the seeds of every group of rows."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['preset']}, {row['weights']} weights", []).append(row)
+    return {
+        name: {
+            key: dict(zip(("mean", "spread"), mean_and_spread([row[key] for row in group]), strict=True))
+            for key in group[0]
+            if key.endswith("AP") or key.endswith("AP50")
+        }
+        | {"seeds": len(group)}
+        for name, group in groups.items()
+        if len(group) > 1
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", default=list(SEEDS))
+    starter = get_model_weights("maskrcnn_mini_fpn").DEFAULT.meta
+    same = {"library_hash": library_hash(), "this_file": hashlib.sha256(open(__file__, "rb").read()).hexdigest()[:16]}
+    path = RESULTS / "starter.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = [row for row in rows if all(row[key] == value for key, value in same.items())]
+    for name in parser.parse_args().presets:
+        preset = choose_preset(name)
+        for weights in ("DEFAULT", None) if name == "laptop" else ("DEFAULT",):
+            for seed in SEEDS[name]:
+                known = {(row["preset"], row["weights"], row["seed"]) for row in rows}
+                if (name, weights or "random", seed) not in known:
+                    rows.append(finetune(preset, seed, weights) | provenance(torch.device("cpu")) | same)
+                    print(rows[-1], flush=True)
+                    held_out = {key: starter[key] for key in ("recipe", "_metrics", "trained_with")}
+                    write_results("starter", {"starter": held_out, "summary": summary(rows), "rows": rows})
