@@ -344,6 +344,17 @@ for name, box_ap, mask_ap in rows:
 print(provenance(preset, device))
 
 # %% [markdown]
+# How far would these numbers move on other test images? A bootstrap over the images says it (notebook
+# [05](05_evaluating_detections.ipynb)):
+
+# %% tags=["nbval-ignore-output"]
+from tutorial_lib.coco_eval import bootstrap_interval
+
+for kind in ("box", "mask"):
+    low, high = bootstrap_interval(getattr(finetuned, kind))
+    print(f"{kind} AP, 95 % of the draws: {low:.3f} to {high:.3f}")
+
+# %% [markdown]
 # Finetuning is what makes the small model a detector of photographs, which it had never seen. The drawn sample of
 # `quick` asks for something new as well: its people hold umbrellas, which belong to their boxes and masks, and which the
 # starter weights leave out.
