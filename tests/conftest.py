@@ -56,6 +56,8 @@ class LocalServer:
     address: str
     pages: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    stalled: threading.Event = field(default_factory=threading.Event)  # a page with a header Stall has been sent
+    go_on: threading.Event = field(default_factory=threading.Event)  # lets its connection end
 
     def serve(self, path: str, body: bytes, status: int = 200, **headers: str) -> str:
         """Answer `path` with `body`; returns its full address. A header's `_` stands for `-`."""
@@ -79,6 +81,10 @@ def local_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
+            if "Stall" in headers:
+                self.wfile.flush()
+                local.stalled.set()
+                local.go_on.wait(20)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -88,6 +94,7 @@ def local_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield local
+        local.go_on.set()
         server.shutdown()
         thread.join()
 

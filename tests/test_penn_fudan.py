@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import socket
@@ -462,6 +463,43 @@ def test_download_cut_short_tells_how_much_came(archive, tmp_path, local_server)
         download_penn_fudan(tmp_path / "data", url)
     assert list((tmp_path / "data").iterdir()) == []
     assert download_penn_fudan(tmp_path / "data", local_server.serve("/cut.zip", archive)).is_dir()
+
+
+def test_download_that_stalls_ends_and_says_so(archive, tmp_path, local_server, monkeypatch):
+    monkeypatch.setattr(penn_fudan, "_TIMEOUT", 0.3)
+    size = str(len(archive))
+    url = local_server.serve("/stall.zip", archive[: len(archive) // 2], Content_Length=size, Stall="yes")
+    with pytest.raises(RuntimeError, match=f"{re.escape(url)}: the download stopped .*timed out"):
+        download_penn_fudan(tmp_path / "data", url)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_download_that_does_not_end_is_stopped(archive, tmp_path, local_server, monkeypatch):
+    monkeypatch.setattr(penn_fudan, "_MAX_BYTES", 1000)
+    url = local_server.serve("/endless.zip", bytes(5000))
+    with pytest.raises(RuntimeError, match=f"{re.escape(url)} sends over 1,000 bytes"):
+        download_penn_fudan(tmp_path / "data", url)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.999])
+def test_a_second_run_recovers_from_a_download_that_was_killed(archive, toy_root, tmp_path, local_server, share):
+    """SIGKILL in the middle, when this much has come."""
+    root, come = tmp_path / "data", archive[: int(share * len(archive))]
+    url = local_server.serve("/slow.zip", come, Content_Length=str(len(archive)), Stall="yes")
+    script = "import sys; from tutorial_lib.penn_fudan import download_penn_fudan; download_penn_fudan(*sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", script, str(root), url], stdout=subprocess.DEVNULL)
+    assert local_server.stalled.wait(60)
+    process.kill()
+    process.wait()
+    assert not (root / "PennFudanPed").exists()
+    (left_over,) = root.iterdir()  # what a killed process cannot clear away
+    folder = download_penn_fudan(root, local_server.serve("/good.zip", archive))
+    assert len(PennFudanDataset(folder)) == 2 and left_over.exists()  # it might be another run's, still going
+    os.utime(left_over, (0, 0))
+    shutil.rmtree(folder)
+    download_penn_fudan(root, local_server.serve("/good.zip", archive))
+    assert [path.name for path in root.iterdir()] == ["PennFudanPed"]
 
 
 def test_download_in_chunks_cut_short(archive, tmp_path, local_server):

@@ -8,8 +8,10 @@ Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 import tempfile
+import time
 import urllib.request
 import zipfile
 import zlib
@@ -31,6 +33,10 @@ URL = "https://www.cis.upenn.edu/~jshi/ped_html/PennFudanPed.zip"
 NUM_IMAGES = 170
 # Over the names and SHA-256 of the 340 files of PNGImages and PedMasks, in order.
 DIGEST = "313ac6cb0e3e2f9bc6b1d41903bd13b17707af114cfef636ff09a5de0ed44b0f"
+
+_TIMEOUT = 30  # seconds without a byte
+_MAX_BYTES = 100_000_000  # what no answer may exceed; the archive has 51 MB
+_DAY = 86_400
 
 
 def boxes_from_masks(masks: Tensor) -> Tensor:
@@ -202,6 +208,9 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
     if folder.exists():
         raise RuntimeError(f"{folder} is there, but is not all of PennFudan as published; move it away and try again")
     root.mkdir(parents=True, exist_ok=True)
+    for left_over in root.glob("PennFudanPed.*"):  # of a download that was killed
+        if time.time() - left_over.stat().st_mtime > _DAY:
+            shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=root, prefix="PennFudanPed.") as scratch:
         archive = Path(scratch) / "PennFudanPed.zip"
         _fetch(url, archive)
@@ -235,7 +244,7 @@ def _require_https(url: str) -> None:
 
 def _fetch(url: str, path: Path) -> None:
     _require_https(url)
-    with urllib.request.urlopen(url, timeout=30) as response, path.open("wb") as file:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, path.open("wb") as file:
         _require_https(response.url)  # after redirects
         size = int(response.headers.get("Content-Length", 0))
         with tqdm(total=size or None, unit="B", unit_scale=True, desc="PennFudan", file=sys.stdout, leave=False) as bar:
@@ -243,7 +252,9 @@ def _fetch(url: str, path: Path) -> None:
                 while chunk := response.read(1 << 18):
                     file.write(chunk)
                     bar.update(len(chunk))
-            except HTTPException as error:
+                    if file.tell() > _MAX_BYTES:
+                        raise RuntimeError(f"{url} sends over {_MAX_BYTES:,} bytes, twice what PennFudan has")
+            except (HTTPException, TimeoutError) as error:
                 raise RuntimeError(f"{url}: the download stopped ({error}); try again") from error
         if size and file.tell() != size:
             raise RuntimeError(f"{url}: the download stopped after {file.tell():,} of {size:,} bytes; try again")
