@@ -222,6 +222,7 @@ BAD = {  # name: damage, kind of problem, what its message says
         put(boxes=lambda boxes: boxes[[1, 2, 0]]), "box and mask disagree", r"\[3.0, 5.0.*mask \[50.0, 30.*IoU 0.00",
     ),
     "box beside its mask": (put(boxes=set_at(2, torch.tensor([40.0, 8, 46, 40]))), "box and mask disagree", "IoU 0.00"),
+    "box too wide": (put(boxes=set_at((2, 2), 44)), "box and mask disagree", r"\[30.0, 8.0, 44.0, 40.0\].*IoU 0.43"),
     "box of hidden parts": (
         put(boxes=set_at((2, 3), 52)), "box differs from its mask", r"\[30.0, 8.0, 36.0, 52.0\].*IoU 0.73",
     ),
@@ -311,6 +312,7 @@ def test_image_ids_used_twice_are_reported_once_with_their_samples():
     (finding,) = report.errors
     assert finding.kind == "image_id used more than once" and finding.index == 1
     assert "samples 1, 3, 4 have the image_id 9" in finding.message
+    assert [finding.index for finding in check(Files(6, damage={5: put(image_id=2)})).errors] == [2]
 
 
 def test_one_pixel_short_counts_only_where_most_are():
@@ -461,6 +463,15 @@ def test_silent_where_image_and_boxes_move_together(transform, count):
 def test_silent_where_masks_move_too(transform):
     report = check(Augmented(v2.Compose([transform, v2.SanitizeBoundingBoxes()]), masks=True))
     assert not {finding.kind for finding in report.findings} - {"empty mask"}, str(report)
+
+
+def test_silent_where_the_image_is_its_own_mirror_image():
+    """Whether it was flipped cannot be seen, so nothing is said of boxes that were."""
+
+    def flip(image, target):
+        return v2.RandomHorizontalFlip()((image + image.flip(-1)) / 2, target)
+
+    assert_silent(check(Augmented(flip)))
 
 
 def test_sanitizing_that_leaves_area_behind_is_found():

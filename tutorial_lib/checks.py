@@ -82,7 +82,10 @@ PROBLEMS: dict[str, tuple[str, str]] = {
     "image_id used more than once": ("error", "Evaluation would take them for one image: give each its own int."),
     # Boxes
     "NaN or infinity in boxes": ("error", "Look for a division by 0 or an empty mask; leave out the object."),
-    "XYWH boxes": ("error", 'Use torchvision.ops.box_convert(boxes, "xywh", "xyxy") on all samples, not only these.'),
+    "XYWH boxes": (
+        "error",
+        'Use torchvision.ops.box_convert(boxes, "xywh", "xyxy"); boxes of one source are XYWH in all samples.',
+    ),
     "normalised boxes": ("error", "Boxes are in absolute pixels: multiply x by the width and y by the height."),
     "boxes in another form": ("error", "Boxes are XYXY (left, top, right, bottom) in absolute pixels."),
     "box with negative size": ("error", "x1 < x2 and y1 < y2: after a flip by hand, swap x1 and x2 too."),
@@ -190,7 +193,10 @@ class Report:
             cells = "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in cells)
             name = f'<td style="text-align:left;color:{colour};font-weight:bold">{group[0].severity}</td>'
             rows += f'<tr style="vertical-align:top">{name}{cells}</tr>'
-        heads = "".join(f'<th style="text-align:left">{head}</th>' for head in ("", "what", "where", "first", "do"))
+        heads = "".join(
+            f'<th style="text-align:left">{head}</th>'
+            for head in ("", "problem", "where", "what was seen first", "what to do")
+        )
         table = f"<table><tr>{heads}</tr>{rows}</table>" if rows else ""
         pictures = ""
         for finding, sample in self.worst:
