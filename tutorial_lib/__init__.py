@@ -6,8 +6,9 @@ Modules, each small enough to copy into a project of your own:
 - ``sample``: draws pedestrians in PennFudan's folder layout, for work without a network
 - ``transforms``: ``get_transform(train)``
 - ``models``: the mini models and their weights; replacing predictors
-- ``engine``: ``train_one_epoch``, ``evaluate``, ``predict``, checkpoints
-- ``coco_eval``: predictions and targets to COCO box and mask AP
+- ``engine``: ``train_one_epoch``, ``evaluate``, ``predict``, checkpoints, exact resume
+- ``coco_eval``: predictions and targets to COCO box and mask AP, curves, matched pairs, intervals
+- ``checks``: ``check_dataset``, which looks at every sample of your own data
 - ``visualization``: images with targets or predictions, and training curves
 - ``presets``: quick, laptop, full
 """
