@@ -153,14 +153,13 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
     masks = {"mask_areas": None, "mask_ious": None}
     roi = "roi_masks" in prediction
     if (roi or "masks" in prediction or not len(areas)) and ("masks" in target or not len(iscrowd)):
-        truth = target.get("masks", np.zeros((0, *size))).astype(np.float32)
+        truth = target.get("masks", np.zeros((0, *size))).astype(bool)
         crops = _roi_crops(prediction, size) if roi else _crops(prediction, size)
         mask_areas, mask_inside = np.zeros(len(areas)), np.zeros(inside.shape)
         for d, (top, left, crop) in enumerate(crops):
             mask_areas[d] = np.count_nonzero(crop)
             rows, columns = slice(top, top + crop.shape[0]), slice(left, left + crop.shape[1])
-            # Sums of zeros and ones are exact in float32 up to 2**24 pixels.
-            mask_inside[d] = truth[:, rows, columns].reshape(len(truth), crop.size) @ crop.ravel().astype(np.float32)
+            mask_inside[d] = [np.count_nonzero(mask[rows, columns] & crop) for mask in truth]
         truth_areas = np.array([np.count_nonzero(mask) for mask in truth])
         masks = {"mask_areas": mask_areas, "mask_ious": _iou(mask_inside, mask_areas, truth_areas, iscrowd)}
     return ImageIoUs(
@@ -200,19 +199,15 @@ def _iou(inside: np.ndarray, areas: np.ndarray, target_areas: np.ndarray, iscrow
 
 def _crops(prediction: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
     """Top, left and bool pixels of every mask: of its box where nothing lies outside, of the whole image else."""
-    masks = torch.from_numpy(prediction.get("masks", np.zeros((0, 1, *size))).reshape(-1, *size))
-    masks = (masks > 0.5).numpy()
+    masks = prediction.get("masks", np.zeros((0, 1, *size))).reshape(-1, *size)
     boxes = expand_boxes(torch.from_numpy(prediction["boxes"]), 1.1).numpy()
+    pixels = np.empty(size, bool)  # of one mask after the other: it stays in the processor's cache
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        np.greater(mask, 0.5, out=pixels)
         top, left = max(int(top) - 1, 0), max(int(left) - 1, 0)
-        rows, columns = slice(top, max(int(bottom) + 2, 0)), slice(left, max(int(right) + 2, 0))
-        crop = mask[rows, columns].copy()
-        mask[rows, columns] = False
-        if mask.any():
-            mask[rows, columns] = crop
-            yield 0, 0, mask
-        else:
-            yield top, left, crop
+        crop = pixels[top : max(int(bottom) + 2, 0), left : max(int(right) + 2, 0)]
+        inside = np.count_nonzero(crop) == np.count_nonzero(pixels)
+        yield (top, left, crop) if inside else (0, 0, pixels)
 
 
 def _roi_crops(prediction: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
