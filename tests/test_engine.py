@@ -9,6 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from tutorial_lib import engine
 from tutorial_lib.engine import (
-    autocast_backbone,
+    compute_in_bfloat16,
     evaluate,
     load_checkpoint,
     pick_device,
@@ -30,6 +31,7 @@ from tutorial_lib.engine import (
     save_checkpoint,
     to_device,
     train_one_epoch,
+    use_bfloat16,
     validation_loss,
     warmup_cosine,
 )
@@ -135,22 +137,61 @@ def test_pick_device(monkeypatch, cuda, mps, expected):
     assert pick_device() == torch.device(expected)
 
 
+def test_pick_num_threads_sets_the_fastest():
+    torch.set_num_threads(6)
+    asked = []
+    wait = {1: 0.004, 2: 0.001, 4: 0.003, 6: 0.005}
+
+    def work():
+        asked.append(torch.get_num_threads())
+        time.sleep(wait[asked[-1]])
+
+    try:
+        seconds = engine.pick_num_threads(work, repeats=2)
+        assert set(asked) == set(seconds) == {1, 2, 4, 6}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(
-    ("device", "supported", "expected"),
-    [("cuda", True, True), ("cuda", False, False), ("mps", True, False), ("cpu", True, False)],
+    ("device", "cuda", "cpu", "expected"),
+    [
+        ("cuda", True, "", True),
+        ("cuda", False, "avx512_bf16", False),
+        ("mps", True, "avx512_bf16", False),
+        ("cpu", True, "avx512_f", False),
+        ("cpu", False, "avx512_bf16", True),
+        ("cpu", False, "amx_bf16", True),
+    ],
 )
-def test_autocast_backbone_where_the_device_has_bfloat16(monkeypatch, device, supported, expected):
+def test_use_bfloat16_where_the_device_is_faster_in_it(monkeypatch, device, cuda, cpu, expected):
     asked = []
 
     def is_bf16_supported(including_emulation=True):
         asked.append(including_emulation)
-        return supported
+        return cuda
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {cpu: True, "avx512_vnni": True}, raising=False)
     model = mini_model()
-    assert autocast_backbone(model, torch.device(device)) is expected
-    assert ("forward" in vars(model.backbone)) is expected
+    assert use_bfloat16(model, torch.device(device)) is expected
+    changed = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    heads = {"rpn.head", "roi_heads.box_head", "roi_heads.mask_head", "roi_heads.mask_predictor"}
+    assert changed == ({"backbone"} | heads if expected else set())
     assert asked == ([False] if device == "cuda" else [])  # emulated bfloat16 is slower than float32
+
+
+def test_a_copy_of_a_bfloat16_model_computes_with_its_own_weights():
+    model = mini_model()
+    compute_in_bfloat16(model.backbone)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.backbone.parameters():
+            parameter.zero_()
+    images = torch.rand(1, 3, 64, 64)
+    assert not any(feature.any() for feature in copied.backbone(images).values())
+    assert all(feature.any() for feature in model.backbone(images).values())
 
 
 def test_to_device_moves_tensors_and_leaves_the_rest():
@@ -349,18 +390,24 @@ def test_the_same_seed_gives_the_same_weights(dataset):
 
 
 @pytest.mark.parametrize("backbone", ["fpn", "bare"])
-def test_training_with_the_backbone_in_bfloat16(monkeypatch, dataset, backbone):
+def test_training_in_bfloat16(monkeypatch, dataset, backbone):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     model = mini_model()
     if backbone == "bare":  # a trunk that gives a tensor, as in notebook 03
-        model.backbone.forward = lambda x, forward=model.backbone.forward: forward(x)["0"]
+
+        class Bare(type(model.backbone)):
+            def forward(self, images):
+                return super().forward(images)["0"]
+
+        model.backbone.__class__ = Bare
         model.roi_heads.box_roi_pool.featmap_names = model.roi_heads.mask_roi_pool.featmap_names = ["0"]
         model.rpn.anchor_generator = AnchorGenerator(((16, 32, 64),), ((1.0,),))
-    assert autocast_backbone(model, torch.device("cuda"))
+    assert use_bfloat16(model, torch.device("cuda"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before = snapshot(model.named_parameters())
     inside, outside, boxes = [], [], []
-    model.backbone.body["0"].register_forward_hook(lambda module, args, out: inside.append(out.dtype))
+    for layer in (model.backbone.body["0"], model.rpn.head.cls_logits, model.roi_heads.box_head.fc7):
+        layer.register_forward_hook(lambda module, args, out: inside.append(out.dtype))
     model.rpn.register_forward_hook(lambda module, args, out: boxes.extend(box.dtype for box in out[0]))
     model.rpn.head.register_forward_hook(lambda module, args, out: outside.append(out[0][0].dtype))
     losses = train_one_epoch(model, optimizer, loader(Subset(dataset, [0, 1])), CPU, progress=False)
@@ -467,6 +514,17 @@ def test_predict_on_a_real_model(dataset):
         assert (scores >= threshold).all()
         assert torch.equal(prediction["boxes"], all_of_it["boxes"][:count])
     assert 0 < len(predictions[0]["scores"]) < len(everything[0]["scores"])
+
+
+def test_predict_pastes_masks_as_the_model_does(dataset):
+    model = maskrcnn_mini_fpn(weights="DEFAULT")
+    images = [dataset[0][0], dataset[1][0]]
+    with torch.inference_mode():
+        whole = model.eval()(images)
+    for theirs, ours in zip(whole, predict(model, images, CPU, 0.3), strict=True):
+        keep = theirs["scores"] >= 0.3
+        assert 0 < keep.sum() < len(keep)
+        assert all(torch.equal(theirs[key][keep], ours[key]) for key in theirs)
 
 
 def test_predict_threshold_includes_its_own_value(dataset):

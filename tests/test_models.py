@@ -13,7 +13,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import box_iou
 
 from tutorial_lib import models
-from tutorial_lib.models import backbone_with_fpn, feature_nodes, replace_box_predictor, replace_mask_predictor
+from tutorial_lib.models import (
+    backbone_with_fpn,
+    best_anchor_ious,
+    feature_nodes,
+    replace_box_predictor,
+    replace_mask_predictor,
+)
 from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.sample import CATEGORIES
 from tutorial_lib.transforms import get_transform
@@ -334,3 +340,62 @@ def test_backbone_with_fpn_makes_a_detector_that_trains_and_predicts(name):
 def test_backbone_with_fpn_says_what_a_trunk_lacks(name, message):
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
         backbone_with_fpn(name)
+
+
+# Anchors
+
+
+def one_map_detector(sizes=((16,),), ratios=((1.0,),), **kwargs) -> FasterRCNN:
+    """Feature places every 16 pixels, from 0."""
+    trunk = nn.Sequential(nn.Conv2d(3, 4, kernel_size=16, stride=16), nn.BatchNorm2d(4))
+    trunk.out_channels = 4
+    return FasterRCNN(trunk, 2, rpn_anchor_generator=AnchorGenerator(sizes, ratios), **kwargs)
+
+
+def test_best_anchor_ious_by_hand():
+    """Anchors of 16 x 16 pixels stand on 0, 16, 32 …: one box is an anchor, one is between two, one twice as wide."""
+    model = one_map_detector(min_size=64, max_size=64)
+    boxes = torch.tensor([[8.0, 8, 24, 24], [16, 8, 32, 24], [8, 8, 40, 24]])
+    ious = best_anchor_ious(model, [torch.rand(3, 64, 64)], [{"boxes": boxes}])
+    assert ious.dtype == torch.float32
+    assert torch.allclose(ious, torch.tensor([1, 1 / 3, 1 / 2]))
+
+
+def test_best_anchor_ious_are_of_the_resized_image():
+    image, boxes = torch.rand(3, 32, 32), torch.tensor([[4.0, 4, 12, 12]])
+    by_size = [
+        best_anchor_ious(one_map_detector(min_size=size, max_size=size), [image], [{"boxes": boxes}]).item()
+        for size in (32, 64)
+    ]
+    # 8 x 8 pixels share 4 x 4 with an anchor; doubled, the box is the anchor on (16, 16).
+    assert by_size == pytest.approx([16 / (64 + 256 - 16), 1])
+
+
+def test_best_anchor_ious_keep_the_order_and_the_model(batch):
+    model = build(MINI[0], num_classes=2, min_size=128).train()
+    model.backbone.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    images, targets = batch
+    together = best_anchor_ious(model, images, targets)
+    empty = {"boxes": torch.zeros(0, 4)}
+    assert together.shape == (sum(len(target["boxes"]) for target in targets),)
+    assert ((together > 0) & (together <= 1)).all() and not together.requires_grad
+    # The images are of one size, so padding to a batch changes no anchor.
+    alone = [best_anchor_ious(model, [image], [target]) for image, target in zip(images, targets, strict=True)]
+    assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(best_anchor_ious(model, [images[0], *images], [empty, *targets]), together)
+    assert best_anchor_ious(model, images[:1], [empty]).shape == (0,)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_best_anchor_ious_say_what_does_not_fit(batch):
+    images, targets = batch
+    model = one_map_detector(sizes=((16,), (32,)), ratios=((1.0,),) * 2, min_size=64).train()
+    for arguments, numbers in (((images, targets[:1]), "2 images and 1 targets"), (([], []), "0 images and 0 targets")):
+        with pytest.raises(ValueError, match=numbers):
+            best_anchor_ious(model, *arguments)
+    with pytest.raises(AssertionError, match="number of feature maps"):
+        best_anchor_ious(model, images, targets)
+    assert model.training and model.backbone.training

@@ -37,7 +37,7 @@ def shown_from_library():
 
 def test_the_notebooks_are_there():
     wanted = ["01_dataset", "02_finetuning_a_predictor", "03_swapping_the_backbone", "04_penn_fudan_mask_rcnn"]
-    wanted += ["05_evaluating_detections", "06_when_it_breaks"]
+    wanted += ["05_evaluating_detections", "06_when_it_breaks", "07_making_it_fast"]
     assert NAMES == wanted
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
 

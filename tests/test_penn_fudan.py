@@ -25,6 +25,7 @@ from tutorial_lib.penn_fudan import (
     download_penn_fudan,
     split_dataset,
 )
+from tutorial_lib.transforms import get_transform
 
 
 def slow_boxes(mask: np.ndarray) -> list[list[int]]:
@@ -55,6 +56,24 @@ def toy_root(tmp_path: Path) -> Path:
         Image.fromarray(pixels).save(root / "PNGImages" / f"{name}.png")
         Image.fromarray(mask).save(root / "PedMasks" / f"{name}_mask.png")
     return root
+
+
+def test_in_memory_decodes_once_and_gives_the_same(sample_root, monkeypatch):
+    from_disk, in_memory = PennFudanDataset(sample_root), PennFudanDataset(sample_root, in_memory=True)
+    first = in_memory[1]
+    first[0].zero_(), first[1]["masks"].zero_()  # what is kept is not what was given
+    monkeypatch.setattr(penn_fudan, "read_image", lambda *args: pytest.fail("decoded again"))
+    image, target = in_memory[1]
+    monkeypatch.undo()
+    expected_image, expected_target = from_disk[1]
+    assert torch.equal(image, expected_image) and type(image) is type(expected_image)
+    assert target.keys() == expected_target.keys()
+    for key, value in expected_target.items():
+        assert type(target[key]) is type(value)
+        assert torch.equal(target[key], value) if torch.is_tensor(value) else target[key] == value
+    assert target["boxes"].canvas_size == expected_target["boxes"].canvas_size
+    train = PennFudanDataset(sample_root, get_transform(train=False), in_memory=True)
+    assert train[0][0].dtype == train[0][0].dtype == torch.float32
 
 
 # The real photographs

@@ -10,20 +10,27 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_map
+from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from tqdm import tqdm
 
 from tutorial_lib.coco_eval import CocoResults, coco_metrics, compare
+
+_BFLOAT16 = ("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.mask_head", "roi_heads.mask_predictor")
 
 
 def pick_device() -> torch.device:
@@ -33,38 +40,65 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def autocast_backbone(model: nn.Module, device: torch.device) -> bool:
-    """Mixed precision, in place: the backbone computes in bfloat16 on a CUDA card that can, the rest in float32.
+def pick_num_threads(work: Callable[[], Any], repeats: int = 3) -> dict[int, float]:
+    """Set PyTorch's number of threads on the CPU to the fastest for this work, by trying.
 
-    Autocast over a whole detector would round its boxes too: bfloat16 has 8 significant
-    bits, so beyond 512 pixels a coordinate could only be a multiple of 4.
+    More are not always faster: beside another program that computes, threads wait for each other at every layer.
 
     Args:
-        model: with a ``backbone`` that gives a tensor or a dict of them, as torchvision's detectors.
+        work: what is to be fast, such as one training step. It is called ``2 * repeats`` times or so for each of
+            1, 2, 4 … threads, up to the number that is set now.
 
     Returns:
-        Whether anything was changed: not on other devices, nor on cards before Ampere.
+        The mean seconds of the work by number of threads; the fastest number is set.
+
+    Source: notebook 07.
+    """
+    most = torch.get_num_threads()
+    numbers = sorted({1, most} | {2**k for k in range(most.bit_length()) if 2**k <= most})
+    timers = {number: Timer("work()", globals={"work": work}, num_threads=number) for number in numbers}
+    seconds = {number: timer.timeit(repeats).mean for number, timer in timers.items()}
+    torch.set_num_threads(min(seconds, key=seconds.__getitem__))
+    return seconds
+
+
+def use_bfloat16(model: nn.Module, device: torch.device) -> bool:
+    """Mixed precision, in place: where the device is faster in bfloat16, the layers with most arithmetic compute in it.
+
+    These are the backbone and the heads of RPN, boxes and masks. What they give is float32 again, and all that
+    is computed with boxes stays so: bfloat16 has 8 significant bits, so beyond 512 pixels a coordinate could only
+    be a multiple of 4.
+
+    Args:
+        model: one of torchvision's detectors, its predictors already replaced. Parts that it lacks are passed over.
+        device: CUDA since Ampere, or a CPU with AVX-512 BF16 or AMX.
+
+    Returns:
+        Whether anything was changed: not on other devices.
 
     Source: notebook 04.
     """
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
-        return False
-    compute_in_bfloat16(model.backbone)
-    return True
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        faster = device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if faster:
+        for name, module in model.named_modules():
+            if name in _BFLOAT16:
+                compute_in_bfloat16(module)
+    return faster
 
 
-def compute_in_bfloat16(backbone: nn.Module) -> None:
-    """Put a backbone's forward under bfloat16 autocast, in place; its features are float32 again."""
-    forward = backbone.forward
+def compute_in_bfloat16(module: nn.Module) -> None:
+    """Put a module's forward under bfloat16 autocast, in place; the tensors that it gives are float32 again."""
+    module.forward = MethodType(_forward_in_bfloat16, module)  # a method, so that a copy of the module has its own
 
-    def in_bfloat16(images: Tensor) -> Tensor | dict[str, Tensor]:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
-            features = forward(images)
-        if isinstance(features, Tensor):
-            return features.float()
-        return {name: feature.float() for name, feature in features.items()}
 
-    backbone.forward = in_bfloat16
+def _forward_in_bfloat16(module: nn.Module, *inputs: Any) -> Any:
+    with torch.autocast(next(module.parameters()).device.type, dtype=torch.bfloat16):
+        outputs = type(module).forward(module, *inputs)
+    return tree_map(lambda value: value.float() if isinstance(value, Tensor) else value, outputs)
 
 
 def to_device(images: Iterable[Tensor], targets: Iterable[dict], device: torch.device) -> tuple[list, list]:
@@ -213,11 +247,14 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
     Args:
         model: any module that maps a list of images to a list of dicts with ``boxes``,
             ``labels``, ``scores`` and, for mask AP, ``masks``. It is left in the mode it was in.
-        data_loader: gives (images, targets); shuffling does not matter.
+        data_loader: gives (images, targets); shuffling does not matter. Where its ``sampler`` is a
+            ``DistributedSampler``, every process has a part of the data set and has to call this; each then
+            gets the results of all images, in the data set's order. An image that the sampler has repeated
+            to make the parts equal counts once.
 
     Raises:
         ValueError: the loader gives no images, or a target or prediction whose parts do
-            not fit each other; the message names the image.
+            not fit each other; the message names the image. Or no process was given an image.
 
     Source: notebook 02 uses it, notebook 05 builds it; https://cocodataset.org/#detection-eval
     """
@@ -232,6 +269,17 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
                 except ValueError as error:
                     where = f"image {len(compared)} of the loader, image_id {target.get('image_id')}"
                     raise ValueError(f"{where}: {error}") from error
+    sampler = getattr(data_loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, list(zip(sampler, compared, strict=False)))
+        by_index = {index: image for part in reversed(parts) for index, image in part}
+        if missing := set(range(len(sampler.dataset))) - by_index.keys():
+            raise ValueError(
+                f"{len(missing)} of the {len(sampler.dataset)} images, the first with index {min(missing)}, were given "
+                "to no process: DistributedSampler and DataLoader need drop_last=False, and each process its own rank"
+            )
+        compared = [by_index[index] for index in range(len(sampler.dataset))]
     return coco_metrics(compared)
 
 
@@ -239,7 +287,7 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
 def predict(
     model: nn.Module, images: Sequence[Tensor], device: torch.device, score_threshold: float = 0.5
 ) -> list[dict[str, Tensor]]:
-    """Detections with at least the given score, on the CPU.
+    """Detections with at least the given score, on the CPU. Of the others no mask is pasted, which saves time.
 
     Args:
         images: float32 [3, H, W] in [0, 1], of any sizes.
@@ -249,13 +297,17 @@ def predict(
         [N], ``scores`` float32 [N], highest first, and from Mask R-CNN ``masks`` float32
         [N, 1, H, W] in [0, 1].
     """
-    with _mode_kept(model):
+    with _mode_kept(model), _masks_unpasted(model):
         model.eval()
         predictions = model([image.to(device) for image in images])
     kept = []
-    for prediction in predictions:
+    for image, prediction in zip(images, predictions, strict=True):
         keep = prediction["scores"] >= score_threshold
-        kept.append({name: value[keep].cpu() for name, value in prediction.items()})
+        detections = {name: value[keep] for name, value in prediction.items()}
+        if "roi_masks" in detections:
+            roi_masks, boxes = detections.pop("roi_masks"), detections["boxes"]
+            detections["masks"] = paste_masks_in_image(roi_masks, boxes, image.shape[-2:])
+        kept.append({name: value.cpu() for name, value in detections.items()})
     return kept
 
 

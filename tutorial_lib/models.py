@@ -12,6 +12,7 @@ does for torchvision's models, from a file of this package, without a network.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
@@ -27,7 +28,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms._presets import ObjectDetection
 
@@ -283,3 +284,40 @@ def backbone_with_fpn(name: str, weights: WeightsEnum | str | None = None, out_c
     if missing := [stride for stride in (4, 8, 16, 32) if stride not in nodes]:
         raise ValueError(f"{name} has no features at stride {missing}, which a pyramid needs; take another trunk")
     return TrunkWithFPN(trunk, dict(sorted(nodes.items())), out_channels)
+
+
+@torch.no_grad()
+def best_anchor_ious(model: FasterRCNN, images: Sequence[Tensor], targets: Sequence[dict]) -> Tensor:
+    """How well the anchors fit: for every ground-truth box its IoU with the closest anchor.
+
+    The IoU is taken in the resized image, where the anchors are, so it depends on ``min_size`` and
+    ``max_size`` too, and on nothing that is trained.
+
+    Args:
+        model: torchvision's Faster or Mask R-CNN, or another with ``transform``, ``backbone`` and
+            ``rpn.anchor_generator``. It is left in the mode it was in.
+        images: float32 [3, H, W] in [0, 1], of any sizes, on the model's device.
+        targets: one for each image; only ``boxes``, float32 [N, 4] XYXY in the image's pixels, is read.
+
+    Returns:
+        float32 [all N together] in [0, 1], in the order of the images and of their boxes.
+
+    Raises:
+        ValueError: there are no images, or not as many targets as images.
+        AssertionError: from torchvision; the anchors do not have one tuple of sizes for each feature map.
+
+    Source: notebook 03.
+    """
+    if not images or len(images) != len(targets):
+        raise ValueError(f"{len(images)} images and {len(targets)} targets: give one target for each image")
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        batch, resized = model.transform(list(images), [{"boxes": target["boxes"]} for target in targets])
+        features = model.backbone(batch.tensors)
+        maps = [features] if isinstance(features, Tensor) else list(features.values())
+        anchors = model.rpn.anchor_generator(batch, maps)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return torch.cat([box_iou(t["boxes"], a).amax(dim=1) for t, a in zip(resized, anchors, strict=True)])

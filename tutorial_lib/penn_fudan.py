@@ -7,6 +7,7 @@ Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import sys
@@ -69,7 +70,9 @@ def read_image(path: str | Path, mode: str | None = None) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            return pil_to_tensor(ImageOps.exif_transpose(image).convert(mode) if mode else image)
+            if mode:
+                ImageOps.exif_transpose(image, in_place=True)
+            return pil_to_tensor(image if mode in (None, image.mode) else image.convert(mode))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
@@ -82,6 +85,8 @@ class PennFudanDataset(Dataset):
             ``PedMasks/NAME_mask.png`` (one 8-bit channel: 0 is background, k the
             pixels of the k-th person).
         transforms: called with (image, target), returns both.
+        in_memory: keep every sample once it is decoded, before its transforms: about 1 MB for each of
+            PennFudan's. Workers of a DataLoader keep one copy each.
 
     A sample is ``(image, target)``: ``image`` a ``tv_tensors.Image``, uint8 [3, H, W]
     in [0, 255] before transforms; ``target`` as :meth:`get_target` gives it.
@@ -94,8 +99,9 @@ class PennFudanDataset(Dataset):
     Source: notebook 01.
     """
 
-    def __init__(self, root: str | Path, transforms: Callable | None = None):
-        self.root, self.transforms = Path(root), transforms
+    def __init__(self, root: str | Path, transforms: Callable | None = None, *, in_memory: bool = False):
+        self.root, self.transforms, self.in_memory = Path(root), transforms, in_memory
+        self._samples: dict[int, tuple[Tensor, dict]] = {}
         for folder in (self.root, self.root / "PNGImages", self.root / "PedMasks"):
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder} is not a folder; PennFudan has PNGImages and PedMasks in its root")
@@ -125,25 +131,34 @@ class PennFudanDataset(Dataset):
         mask = read_image(path)
         if len(mask) != 1:
             raise ValueError(f"{path} has {len(mask)} channels; a mask has one, with the person's number in each pixel")
-        ids = mask.unique()
-        ids = ids[ids != 0]
-        masks = (mask == ids[:, None, None]).to(torch.uint8)
+        pixels = mask.flatten().bincount()  # of each number
+        ids = pixels[1:].nonzero().flatten() + 1
+        masks = (mask == ids[:, None, None].to(mask.dtype)).to(torch.uint8)
         return {
             "boxes": tv_tensors.BoundingBoxes(boxes_from_masks(masks), format="XYXY", canvas_size=masks.shape[-2:]),
             "labels": torch.ones(len(ids), dtype=torch.int64),
             "masks": tv_tensors.Mask(masks),
             "image_id": index,
-            "area": masks.sum(dim=(1, 2), dtype=torch.float32),
+            "area": pixels[ids].float(),
             "iscrowd": torch.zeros(len(ids), dtype=torch.int64),
         }
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
+    def _decode(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
         path = self.root / "PNGImages" / self.file_names[index]
         image = tv_tensors.Image(read_image(path, "RGB"))
         target = self.get_target(index)
         if image.shape[-2:] != target["masks"].shape[-2:]:
             sizes = [f"{w} x {h}" for h, w in (image.shape[-2:], target["masks"].shape[-2:])]
             raise ValueError(f"{path} is {sizes[0]} pixels, but its mask {self._mask_path(path.name)} is {sizes[1]}")
+        return image, target
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
+        if self.in_memory:
+            if index not in self._samples:
+                self._samples[index] = self._decode(index)
+            image, target = copy.deepcopy(self._samples[index])  # what is kept must not be changed in place
+        else:
+            image, target = self._decode(index)
         if self.transforms is not None:
             image, target = self.transforms(image, target)
         return image, target

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.speed [work ...]
 
 Rows of ``results/speed.json`` hold the seconds of both and their ratio; works that are
-not named keep their rows.
+not named keep their rows. The works of the name `..._cuda` run where there is a card, and need no network: the
+model has random weights there. The loop that they are compared with is in ``classic.py``.
 """
 
 from __future__ import annotations
@@ -12,20 +13,28 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import json
+import os
+import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+from torchvision.models import get_model
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import masks_to_boxes
 
+import tutorial_lib.models  # registers the mini models
 from tests.benchmarks import RESULTS, provenance, write_results
+from tests.benchmarks.classic import Classic, ClassicDataset, classic_evaluate, classic_predict, classic_step
 from tutorial_lib.coco_eval import coco_metrics, compare
+from tutorial_lib.engine import evaluate, predict, train_one_epoch, use_bfloat16
+from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.presets import Preset, choose_preset, prepare_data
+from tutorial_lib.transforms import get_transform
 
 
 def scene(number: int) -> tuple[dict, dict, tuple[int, int]]:
@@ -65,60 +74,6 @@ def pasted(prediction: dict, size: tuple[int, int]) -> dict:
     return {**prediction, "masks": paste_masks_in_image(masks, prediction["boxes"], size)}
 
 
-class Classic:
-    """The usual evaluator: one COCOeval update an image, its masks encoded one by one; pycocotools' own table."""
-
-    def __init__(self, targets: list[dict], sizes: list[tuple[int, int]]):
-        dataset: dict = {"images": [], "categories": [{"id": 1}], "annotations": []}
-        for target, (height, width) in zip(targets, sizes, strict=True):
-            dataset["images"].append({"id": target["image_id"], "height": height, "width": width})
-            for box, mask in zip(target["boxes"].tolist(), target["masks"], strict=True):
-                dataset["annotations"].append({
-                    "id": len(dataset["annotations"]) + 1, "image_id": target["image_id"],
-                    "category_id": 1, "iscrowd": 0,
-                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                    "area": (box[2] - box[0]) * (box[3] - box[1]),
-                    "segmentation": mask_utils.encode(np.asfortranarray(mask.numpy())),
-                })  # fmt: skip
-        self.truth = COCO()
-        self.truth.dataset = dataset
-        self.truth.createIndex()
-        self.evals = {kind: COCOeval(self.truth, iouType=kind) for kind in ("bbox", "segm")}
-        self.images: dict[str, list] = {kind: [] for kind in self.evals}
-
-    def update(self, prediction: dict, image_id: int) -> None:
-        masks = prediction["masks"] > 0.5
-        codes = [
-            mask_utils.encode(np.array(mask.numpy()[0, :, :, np.newaxis], dtype=np.uint8, order="F"))[0]
-            for mask in masks
-        ]
-        for code in codes:
-            code["counts"] = code["counts"].decode("utf-8")
-        scores, labels = prediction["scores"].tolist(), prediction["labels"].tolist()
-        boxes = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in prediction["boxes"].tolist()]
-        fields = {"bbox": ("bbox", boxes), "segm": ("segmentation", codes)}
-        for kind, (name, values) in fields.items():
-            results = [
-                {"image_id": image_id, "category_id": label, name: value, "score": score}
-                for label, value, score in zip(labels, values, scores, strict=True)
-            ]
-            coco_eval = self.evals[kind]
-            coco_eval.cocoDt = self.truth.loadRes(results)
-            coco_eval.params.imgIds = [image_id]
-            coco_eval.evaluate()
-            shape = (-1, len(coco_eval.params.areaRng), 1)
-            self.images[kind].append(np.asarray(coco_eval.evalImgs, dtype=object).reshape(shape))
-
-    def finish(self) -> list[np.ndarray]:
-        for kind, coco_eval in self.evals.items():
-            coco_eval.evalImgs = list(np.concatenate(self.images[kind], axis=-1).flatten())
-            coco_eval.params.imgIds = [image["id"] for image in self.truth.dataset["images"]]
-            coco_eval._paramsEval = copy.deepcopy(coco_eval.params)
-            coco_eval.accumulate()
-            coco_eval.summarize()
-        return [self.evals[kind].stats for kind in ("bbox", "segm")]
-
-
 def evaluator(num_images: int, paste: bool) -> dict:
     """Ours beside the classic evaluator, on 100 detections an image.
 
@@ -150,23 +105,151 @@ def evaluator(num_images: int, paste: bool) -> dict:
     return {**seconds, "kept_bytes_per_image": round(kept / num_images)}
 
 
+def preset_at_hand(device: torch.device) -> Preset:
+    """Full on CUDA; on a CPU laptop where PENN_FUDAN_ROOT is set, else quick."""
+    cpu = "laptop" if os.environ.get("PENN_FUDAN_ROOT") else "quick"
+    return choose_preset("full" if device.type == "cuda" else cpu)
+
+
+def alternating(classic: Callable, ours: Callable, inputs: list) -> dict:
+    """Median seconds of both on every input, one after the other, so that a busy machine slows both."""
+    seconds: dict[str, list[float]] = {"classic": [], "ours": []}
+    for item in [inputs[0], *inputs]:  # the first is a warm-up
+        for name, function in (("classic", classic), ("ours", ours)):
+            begun = time.perf_counter()
+            function(item)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()} | {"repeats": len(inputs)}
+
+
+def sample(in_memory: bool) -> dict:
+    """One image and its target, without augmentation."""
+    preset = preset_at_hand(torch.device("cpu"))
+    root = prepare_data(preset)
+    ours = PennFudanDataset(root, get_transform(train=False), in_memory=in_memory)
+    indices = list(range(min(len(ours), 100)))
+    if in_memory:
+        for index in indices:
+            ours[index]
+    classic = ClassicDataset(root, get_transform(train=False))
+    return alternating(classic.__getitem__, ours.__getitem__, indices) | {"preset": preset.name}
+
+
+def pair_of_models(preset: Preset, device: torch.device) -> list[torch.nn.Module]:
+    """The preset's Mask R-CNN for people, twice; the second with the library's switches. Random weights at full."""
+    torch.manual_seed(0)
+    sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
+    if preset.name == "full":
+        model = get_model(preset.mask_rcnn, weights=None, weights_backbone=None, num_classes=2, **sizes)
+    else:
+        model = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
+        tutorial_lib.models.replace_mask_predictor(tutorial_lib.models.replace_box_predictor(model, 2), 2)
+    models = [model.to(device), copy.deepcopy(model).to(device)]
+    use_bfloat16(models[1], device)
+    return models
+
+
+def train_step(device: torch.device) -> dict:
+    """A training step on 12 batches that are in memory."""
+    preset = preset_at_hand(device)
+    classic, ours = pair_of_models(preset, device)
+    dataset = PennFudanDataset(prepare_data(preset), get_transform(train=True))
+    train_set = split_dataset(dataset, preset.split, seed=0)[0]
+    torch.manual_seed(0)
+    loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
+    batches = list(itertools.islice(itertools.cycle(loader), 12))
+    sgd = torch.optim.SGD(classic.parameters(), lr=1e-4, momentum=0.9)
+    adamw = torch.optim.AdamW(ours.parameters(), lr=1e-4)
+    classic.train()
+    return alternating(
+        lambda batch: classic_step(classic, sgd, *batch, device),
+        lambda batch: train_one_epoch(ours, adamw, [batch], device, progress=False),
+        batches,
+    ) | {"preset": preset.name, "bfloat16": "forward" in vars(ours.backbone)}
+
+
+def inference(device: torch.device) -> dict:
+    """Detections with a score of at least 0.5 and their masks, of one image after the other."""
+    preset = preset_at_hand(device)
+    classic, ours = pair_of_models(preset, device)
+    dataset = PennFudanDataset(prepare_data(preset), get_transform(train=False))
+    images = [dataset[index][0] for index in range(30)]
+    return alternating(
+        lambda image: classic_predict(classic, [image], device, 0.5),
+        lambda image: predict(ours, [image], device, 0.5),
+        images,
+    ) | {"preset": preset.name, "bfloat16": "forward" in vars(ours.backbone)}
+
+
+def epoch(device: torch.device) -> dict:
+    """The second epoch of training and evaluation on the test images, data included; after one to warm up."""
+    preset = preset_at_hand(device)
+    root = prepare_data(preset)
+    models = pair_of_models(preset, device)
+    row: dict = {"preset": preset.name, "bfloat16": "forward" in vars(models[1].backbone)}
+    for name, model in zip(("classic", "ours"), models, strict=True):
+        kind = ClassicDataset if name == "classic" else PennFudanDataset
+        options = {} if name == "classic" else {"in_memory": True}
+        train_set, _, _ = split_dataset(kind(root, get_transform(train=True), **options), preset.split, seed=0)
+        _, _, test_set = split_dataset(kind(root, get_transform(train=False), **options), preset.split, seed=0)
+        torch.manual_seed(0)
+        train_loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
+        test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        if name == "ours":
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            begun = time.perf_counter()
+            if name == "classic":
+                model.train()
+                for images, targets in train_loader:
+                    classic_step(model, optimizer, images, targets, device)
+            else:
+                train_one_epoch(model, optimizer, train_loader, device, progress=False)
+            trained = time.perf_counter()
+            if name == "classic":
+                classic_evaluate(model, test_loader, device)
+            else:
+                evaluate(model, test_loader, device, progress=False)
+            ended = time.perf_counter()
+        row |= {name: ended - begun, f"{name}_training": trained - begun, f"{name}_evaluation": ended - trained}
+        if device.type == "cuda":
+            row[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return row
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WORKS: dict[str, Callable[[], dict]] = {
+    "sample_from_disk": lambda: sample(in_memory=False),
+    "sample_from_cache": lambda: sample(in_memory=True),
+    "train_step_cpu": lambda: train_step(CPU),
+    "inference_cpu": lambda: inference(CPU),
+    "epoch_cpu": lambda: epoch(CPU),
     "evaluator_50": lambda: evaluator(50, paste=True),
     "evaluator_1000": lambda: evaluator(1000, paste=True),
     "evaluator_50_pasted": lambda: evaluator(50, paste=False),
     "evaluator_1000_pasted": lambda: evaluator(1000, paste=False),
+    "train_step_cuda": lambda: train_step(CUDA),
+    "inference_cuda": lambda: inference(CUDA),
+    "epoch_cuda": lambda: epoch(CUDA),
 }
 
 if __name__ == "__main__":
+    at_hand = [work for work in WORKS if not work.endswith("_cuda") or torch.cuda.is_available()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("works", nargs="*", default=list(WORKS), help=", ".join(WORKS))
+    parser.add_argument("works", nargs="*", default=at_hand, help=", ".join(WORKS))
     works = parser.parse_args().works
     path = RESULTS / "speed.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = {row["work"]: row for row in rows}
     for work in works:
-        row = {"work": work, **WORKS[work](), **provenance(torch.device("cpu"))}
+        device = CUDA if work.endswith("_cuda") else CPU
+        row = {"work": work, **WORKS[work](), **provenance(device)}
         row["ratio"] = round(row["classic"] / row["ours"], 2)
         rows[work] = row
         print(row, flush=True)
-        write_results("speed", {"rows": list(rows.values())})
+        write_results("speed", {"rows": [rows[name] for name in WORKS if name in rows]})

@@ -1,6 +1,6 @@
 """What the starter weights are worth: zero-shot, finetuned at `quick`, and on the photographs beside random weights.
 
-    python -m tests.benchmarks.starter [quick] [laptop]
+    python -m tests.benchmarks.starter [quick] [laptop] [--processes 2]
 
 `quick` finetunes on the drawn sample with 5 seeds; `laptop` on PennFudan (PENN_FUDAN_ROOT) with 3 seeds from the
 starter weights and 3 from random ones, with the same budget. Rows of ``results/starter.json`` that are there already,
@@ -13,7 +13,9 @@ import argparse
 import copy
 import hashlib
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,7 +24,7 @@ from torchvision.models import get_model, get_model_weights
 from tests.benchmarks import RESULTS, provenance, write_results
 from tools.notebooks import library_hash
 from tutorial_lib.coco_eval import mean_and_spread
-from tutorial_lib.engine import evaluate, train_one_epoch, warmup_cosine
+from tutorial_lib.engine import evaluate, train_one_epoch, use_bfloat16, warmup_cosine
 from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
 from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
 from tutorial_lib.presets import Preset, choose_preset, prepare_data
@@ -34,8 +36,10 @@ SEEDS = {"quick": range(5), "laptop": range(3)}
 def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
     """As notebook 04: the epoch is chosen on the validation images, the test images are read for its row alone."""
     device, root = torch.device("cpu"), prepare_data(preset)
-    train_set = split_dataset(PennFudanDataset(root, get_transform(train=True)), preset.split, seed=0)[0]
-    _, val_set, test_set = split_dataset(PennFudanDataset(root, get_transform(train=False)), preset.split, seed=0)
+    augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
+    plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
+    train_set = split_dataset(augmented, preset.split, seed=0)[0]
+    _, val_set, test_set = split_dataset(plain, preset.split, seed=0)
     val_loader, test_loader = (DataLoader(s, preset.batch_size, collate_fn=collate_fn) for s in (val_set, test_set))
     torch.manual_seed(seed)
     sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
@@ -45,6 +49,7 @@ def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
         zero_shot = evaluate(model, test_loader, device)
         row |= {"zero_shot_box_AP": zero_shot.box.AP, "zero_shot_mask_AP": zero_shot.mask.AP}
         replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    use_bfloat16(model, device)
     loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate, weight_decay=0.01)
     schedule = warmup_cosine(optimizer, len(loader), preset.long_epochs * len(loader))
@@ -60,7 +65,7 @@ def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
     results = evaluate(model, test_loader, device)
     for kind in ("box", "mask"):
         row |= {f"{kind}_AP": getattr(results, kind).AP, f"{kind}_AP50": getattr(results, kind).AP50}
-    return {**row, "training_seconds": round(seconds, 1)}
+    return {**row, "training_seconds": round(seconds, 1)} | provenance(device)
 
 
 def summary(rows: list[dict]) -> dict:
@@ -83,18 +88,31 @@ def summary(rows: list[dict]) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", default=list(SEEDS))
+    parser.add_argument("--processes", type=int, default=1, help="trainings at a time, of one thread each if > 1")
+    arguments = parser.parse_args()
     starter = get_model_weights("maskrcnn_mini_fpn").DEFAULT.meta
     same = {"library_hash": library_hash(), "this_file": hashlib.sha256(open(__file__, "rb").read()).hexdigest()[:16]}
     path = RESULTS / "starter.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = [row for row in rows if all(row[key] == value for key, value in same.items())]
-    for name in parser.parse_args().presets:
-        preset = choose_preset(name)
-        for weights in ("DEFAULT", None) if name == "laptop" else ("DEFAULT",):
-            for seed in SEEDS[name]:
-                known = {(row["preset"], row["weights"], row["seed"]) for row in rows}
-                if (name, weights or "random", seed) not in known:
-                    rows.append(finetune(preset, seed, weights) | provenance(torch.device("cpu")) | same)
-                    print(rows[-1], flush=True)
-                    held_out = {key: starter[key] for key in ("recipe", "_metrics", "trained_with")}
-                    write_results("starter", {"starter": held_out, "summary": summary(rows), "rows": rows})
+    known = {(row["preset"], row["weights"], row["seed"]) for row in rows}
+    jobs = [
+        (choose_preset(name), seed, weights)
+        for name in arguments.presets
+        for weights in (("DEFAULT", None) if name == "laptop" else ("DEFAULT",))
+        for seed in SEEDS[name]
+        if (name, weights or "random", seed) not in known
+    ]
+    pool = ProcessPoolExecutor(
+        arguments.processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1 if arguments.processes > 1 else torch.get_num_threads(),),
+    )
+    with pool:
+        for done in as_completed([pool.submit(finetune, *job) for job in jobs]):
+            rows.append(done.result() | same)
+            print(rows[-1], flush=True)
+            rows.sort(key=lambda row: (-list(SEEDS).index(row["preset"]), row["weights"], row["seed"]))
+            held_out = {key: starter[key] for key in ("recipe", "_metrics", "trained_with")}
+            write_results("starter", {"starter": held_out, "summary": summary(rows), "rows": rows})
