@@ -573,6 +573,8 @@ plt.show()
 #   both sides. Test numbers are therefore kinder than a new city would be.
 # - With `num_workers > 0` on macOS and Windows, a data set class has to be importable:
 #   define it in a file (as `tutorial_lib` does), not in the notebook.
+# - `PennFudanDataset(root, transforms, in_memory=True)` decodes each file once and keeps it, which for 170
+#   photographs takes about 200 MB; notebooks 04 and 05, which read each many times, ask for it.
 # - Masks saved as JPEG are useless: compression invents ids along every edge.
 #
 # ## Further reading

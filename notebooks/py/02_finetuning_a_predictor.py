@@ -25,7 +25,8 @@
 # - ask a pre-trained detector for people *before* any training, and measure it;
 # - replace its classifier, and check which weights are new and which are kept;
 # - write one training step by hand, then the loop;
-# - compare before and after, on images that were not used for anything else.
+# - compare before and after, on images that were not used for anything else;
+# - follow one picture through every part of the model, to its boxes, masks and losses.
 #
 # **You need** notebook [01](01_dataset.ipynb), or a data set that gives what it builds.
 #
@@ -71,6 +72,7 @@ EPOCHS = preset.epochs
 device = pick_device()
 root = prepare_data(preset)
 fetch_weights(preset.faster_rcnn, preset.weights)
+fetch_weights(preset.mask_rcnn, preset.weights)
 print(provenance(preset, device))
 
 # %% [markdown]
@@ -101,7 +103,8 @@ plt.show()
 #
 # Mask R-CNN ([He et al. 2017, arXiv 1703.06870](https://arxiv.org/abs/1703.06870)) adds
 # a third branch, which predicts a mask of 28 × 28 for each class. At test time it is
-# asked only for the boxes that were found:
+# asked only for the boxes that were found. ("Look inside", further down, follows a picture
+# through all of them.)
 
 # %%
 draw_detector(masks=True)
@@ -476,6 +479,594 @@ print(f"{lost} of {people} people on the test images are not found at score 0.5"
 {"box_AP": round(finetuned.box.AP, 4)}
 
 # %% [markdown]
+# ## Look inside
+#
+# What happens between a picture and its boxes? We take the first of the three
+# pictures above and call the model's own parts on it, one after the other, in the
+# order of the drawing at the top. Every shape that is printed is checked, and at the
+# end the parts, called by hand, have to give what `model([image])` gives.
+#
+# To see masks as well, we build a Mask R-CNN around the detector that we have
+# just trained. Its state dict lacks nothing but the third branch:
+
+# %%
+inside = get_model(
+    preset.mask_rcnn,
+    weights=preset.weights,
+    min_size=preset.min_size,
+    max_size=preset.max_size,
+)
+inside = replace_box_predictor(inside, num_classes).to(device)
+missing, unexpected = inside.load_state_dict(model.state_dict(), strict=False)
+assert not unexpected
+assert all(name.startswith("roi_heads.mask_") for name in missing)
+
+# %% [markdown]
+# The branch has not met the features of the finetuned backbone yet. So it is trained
+# for two passes over the training images, on `loss_mask` alone; everything else stays
+# as it is. (Notebook [04](04_penn_fudan_mask_rcnn.ipynb) trains a Mask R-CNN as a
+# whole, and longer.)
+
+# %% tags=["nbval-ignore-output"]
+from itertools import chain
+
+branch = nn.ModuleList([inside.roi_heads.mask_head, inside.roi_heads.mask_predictor])
+inside.requires_grad_(False)
+branch.requires_grad_(True)
+optimizer = torch.optim.AdamW(branch.parameters(), lr=1e-3)
+inside.train()
+inside.backbone.eval()  # BatchNorm's statistics stay as they are
+
+torch.manual_seed(SEED)
+branch_losses = []
+for images, targets in chain(train_loader, train_loader):
+    loss = inside(*to_device(images, targets, device))["loss_mask"]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    branch_losses.append(loss.item())
+for half in (branch_losses[:steps], branch_losses[steps:]):
+    print(f"loss_mask {sum(half) / steps:.3f}")
+assert sum(branch_losses[steps:]) < sum(branch_losses[:steps])
+
+# %% [markdown]
+# ### 1. `transform`: from the picture to a batch
+#
+# The shorter side becomes `min_size`, unless the longer one would then exceed
+# `max_size`. Both are rounded down, and the batch is padded at the right and the
+# bottom to multiples of 32, so that the backbone can halve it five times.
+
+# %% tags=["nbval-ignore-output"]
+inside.eval().requires_grad_(False)
+image, target = shown[0]
+image = image.to(device)
+batch, _ = inside.transform([image])
+height, width = batch.image_sizes[0]
+print("the picture:", list(image.shape))
+print("resized:    ", [3, height, width])
+print("the batch:  ", list(batch.tensors.shape))
+
+# %% [markdown]
+# The same by hand. Normalising subtracts ImageNet's mean of each channel and divides
+# by its standard deviation, since that is what the weights were trained with. It
+# comes before the padding, whose zeros are therefore not black but the mean colour.
+
+# %%
+import math
+
+scale = min(
+    preset.min_size / min(image.shape[1:]), preset.max_size / max(image.shape[1:])
+)
+assert [height, width] == [int(side * scale) for side in image.shape[1:]]
+padded = [math.ceil(side / 32) * 32 for side in (height, width)]
+assert list(batch.tensors.shape) == [1, 3, *padded]
+
+mean = torch.tensor(inside.transform.image_mean, device=device)[:, None, None]
+std = torch.tensor(inside.transform.image_std, device=device)[:, None, None]
+resized = torch.nn.functional.interpolate(
+    ((image - mean) / std)[None], size=(height, width), mode="bilinear"
+)
+by_hand = torch.zeros_like(batch.tensors)
+by_hand[..., :height, :width] = resized
+torch.testing.assert_close(batch.tensors, by_hand)
+
+# %% [markdown]
+# On the left, at one scale: the picture, and how it lies in a batch together with the
+# second one, with the normalisation taken back for the eye. On the right the top of
+# the first person, 40 pixels wide, before and after: what the model gets to see.
+
+# %%
+both, _ = inside.transform([image, shown[1][0].to(device)])
+pictures = [image, *(both.tensors * std + mean)]
+pictures = [p.clamp(0, 1).permute(1, 2, 0).cpu() for p in pictures]
+x1, top, x2, _ = target["boxes"][0].tolist()
+left = (x1 + x2) / 2 - 20
+figure, panels = plt.subplots(
+    1, 5, figsize=(15, 3), width_ratios=[4, 4, 4, 3, 3], layout="constrained"
+)
+titles = ["the picture", "in a batch of two", "the other one", "40 pixels", "resized"]
+for axes, i, title in zip(panels, (0, 1, 2, 0, 1), titles, strict=True):
+    axes.imshow(pictures[i], interpolation="nearest")
+    axes.set_title(title)
+for axes in panels[:3]:
+    axes.set_xlim(0, max(p.shape[1] for p in pictures))
+    axes.set_ylim(max(p.shape[0] for p in pictures), 0)
+for axes, factor in zip(panels[3:], (1, width / image.shape[2]), strict=True):
+    axes.set_xlim(left * factor, (left + 40) * factor)
+    axes.set_ylim((top + 40) * factor, top * factor)
+plt.show()
+
+# %% [markdown]
+# ### 2. `backbone`: five maps of the same picture
+#
+# Each level of the pyramid has the same number of channels. A cell of level `"0"`
+# stands for 4 × 4 pixels of the batch, one of `"pool"` for 64 × 64:
+
+# %% tags=["nbval-ignore-output"]
+features = inside.backbone(batch.tensors)
+strides = (4, 8, 16, 32, 64)
+for (level, feature), stride in zip(features.items(), strides, strict=True):
+    print(f"level {level:4}  stride {stride:2}  {list(feature.shape)}")
+    cells = [math.ceil(side / stride) for side in padded]
+    assert list(feature.shape) == [1, inside.backbone.out_channels, *cells]
+
+# %% [markdown]
+# For each cell, the length of its vector of channels. The fine levels follow
+# outlines, the coarse ones know only roughly where. (Not all that is bright is a
+# thing: beyond the edge of its input a convolution sees zeros, and the cells there
+# show it.)
+
+# %%
+view = (batch.tensors[0] * std + mean).clamp(0, 1).permute(1, 2, 0).cpu()
+extent = (0, padded[1], padded[0], 0)
+figure, panels = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
+for axes in panels.flat:
+    axes.axis("off")
+panels[0, 0].imshow(view, extent=extent)
+panels[0, 0].set_title("the batch")
+for axes, level in zip(panels.flat[1:], features, strict=True):
+    lengths = features[level][0].norm(dim=0).cpu()
+    axes.imshow(lengths, cmap="magma", extent=extent)
+    axes.set_title(f'level "{level}"')
+plt.show()
+
+# %% [markdown]
+# ### 3. `rpn`: anchors, objectness, proposals
+#
+# `rpn.head` goes over every level with the same weights. For each of three anchors in
+# a cell it gives one logit, the *objectness*, and four numbers that move the anchor.
+
+# %% tags=["nbval-ignore-output"]
+maps = list(features.values())
+objectness, deltas = inside.rpn.head(maps)
+anchors = inside.rpn.anchor_generator(batch, maps)
+per_level = [logits.numel() for logits in objectness]
+for feature, logits, delta in zip(maps, objectness, deltas, strict=True):
+    print(list(logits.shape), list(delta.shape))
+    assert list(logits.shape) == [1, 3, *feature.shape[2:]]
+    assert list(delta.shape) == [1, 3 * 4, *feature.shape[2:]]
+print("anchors:", list(anchors[0].shape))
+assert list(anchors[0].shape) == [sum(per_level), 4]
+
+# %% [markdown]
+# The anchors of one cell in the middle of each level, and, for every cell, the
+# sigmoid of the best objectness of its three. A person lights up on the levels whose
+# anchors are of about their size:
+
+
+# %%
+def outline(axes, boxes, colour, **line):
+    """Draw boxes as lines, which may be thinner than a pixel."""
+    for x1, y1, x2, y2 in boxes.tolist():
+        axes.add_patch(
+            plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, **line)
+        )
+
+
+figure, panels = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
+for axes in panels.flat:
+    axes.axis("off")
+panels[0, 0].imshow(view, extent=extent)
+panels[0, 0].set_title("anchors of one cell of each level")
+of_levels = anchors[0].split(per_level)
+for i, (axes, level) in enumerate(zip(panels.flat[1:], features, strict=True)):
+    rows, columns = objectness[i].shape[2:]
+    grid = of_levels[i].view(rows, columns, 3, 4)
+    outline(panels[0, 0], grid[rows // 2, columns // 2], f"C{i}", lw=1.5)
+    heat = objectness[i][0].sigmoid().amax(dim=0).cpu()
+    drawn = axes.imshow(heat, cmap="magma", vmin=0, vmax=1, extent=extent)
+    axes.set_title(f'objectness, level "{level}"')
+figure.colorbar(drawn, ax=panels[:, -1], shrink=0.8)
+plt.show()
+
+# %% [markdown]
+# `box_coder.decode` moves all anchors. The first two numbers shift the centre, in
+# widths and heights of the anchor; the other two are logarithms of the factors for
+# its width and height. Then `filter_proposals` takes the best of each level, and
+# non-maximum suppression (NMS) drops what overlaps a better one of that level by an
+# IoU over 0.7:
+
+# %% tags=["nbval-ignore-output"]
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import box_convert
+
+logits, moves = concat_box_prediction_layers(objectness, deltas)
+moved = inside.rpn.box_coder.decode(moves, anchors).view(1, -1, 4)
+filtered = inside.rpn.filter_proposals(moved, logits, batch.image_sizes, per_level)
+proposals, proposal_scores = filtered
+print(f"{len(moved[0])} moved anchors, {len(proposals[0])} proposals")
+assert len(proposals[0]) <= inside.rpn.post_nms_top_n()
+assert inside.rpn.nms_thresh == 0.7
+
+top = logits.flatten().topk(30).indices
+centre, size = box_convert(anchors[0][top], "xyxy", "cxcywh").split(2, dim=1)
+centre, size = centre + moves[top, :2] * size, size * moves[top, 2:].exp()
+by_hand = box_convert(torch.cat([centre, size], dim=1), "cxcywh", "xyxy")
+torch.testing.assert_close(moved[0, top], by_hand, rtol=0, atol=0.01)
+
+# %% [markdown]
+# The 30 anchors with the highest objectness, where they are moved to, and the 30 best
+# that are left after NMS:
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+titles = ["the 30 best anchors", "moved", "the 30 best after NMS"]
+drawn = [anchors[0][top], moved[0, top], proposals[0][:30]]
+for axes, title, boxes in zip(panels, titles, drawn, strict=True):
+    axes.imshow(view, extent=extent)
+    axes.axis("off")
+    axes.set_title(title)
+    outline(axes, boxes, "yellow", lw=0.8)
+plt.show()
+
+# %% [markdown]
+# NMS leaves fewer boxes for each person, and so room for others among the 30. There
+# can still be several for each: 0.7 is lenient, so that of two people who stand close
+# together neither is dropped.
+#
+# ### 4. `box_roi_pool`: the features under each proposal
+#
+# RoIAlign lays a grid of 7 × 7 over each proposal, whatever its size, and reads the
+# features at its cells by bilinear interpolation. A large proposal is read from a
+# coarse level, a small one from a fine level: from `"0"` where the root of its area
+# is below 112 pixels, from `"1"` below 224, `"2"` below 448.
+
+# %% tags=["nbval-ignore-output"]
+from torchvision.ops import box_area, nms, roi_align
+
+pooled = inside.roi_heads.box_roi_pool(features, proposals, batch.image_sizes)
+levels = inside.roi_heads.box_roi_pool.map_levels(proposals)
+print(list(pooled.shape))
+channels = inside.backbone.out_channels
+assert list(pooled.shape) == [len(proposals[0]), channels, 7, 7]
+sides = box_area(proposals[0]).sqrt()
+expected = torch.bucketize(
+    sides, torch.tensor([112.0, 224, 448], device=device), right=True
+)
+assert (levels == expected).float().mean() > 0.99
+
+first = levels[0].item()
+grid = {"output_size": 7, "spatial_scale": 1 / strides[first], "sampling_ratio": 2}
+by_hand = roi_align(maps[first], [proposals[0][:1]], **grid)
+torch.testing.assert_close(pooled[:1], by_hand)
+
+# %% [markdown]
+# Four proposals that lie apart. Above, the picture under them. In the middle, what
+# RoIAlign makes of its pixels, to show how coarse 7 × 7 is. Below, its crop of the
+# feature map, which the head gets; of the channels only the length of their vector is
+# drawn:
+
+# %%
+apart = nms(proposals[0], proposal_scores[0], 0.2)[:4]
+pixels = view.permute(2, 0, 1)[None]
+small = roi_align(pixels, [proposals[0][apart].cpu()], 7, sampling_ratio=2)
+figure, panels = plt.subplots(3, 4, figsize=(10, 7.5), layout="constrained")
+for axes in panels.flat:
+    axes.axis("off")
+for (above, middle, below), i, crop in zip(panels.T, apart, small, strict=True):
+    x1, y1, x2, y2 = proposals[0][i].round().int().tolist()
+    above.imshow(view[y1:y2, x1:x2])
+    above.set_title(f'{x2 - x1} × {y2 - y1} pixels, level "{levels[i]}"', fontsize=10)
+    middle.imshow(crop.permute(1, 2, 0))
+    below.imshow(pooled[i].norm(dim=0).cpu(), cmap="magma")
+plt.show()
+
+# %% [markdown]
+# ### 5. `box_head` and `box_predictor`: what it is, and where exactly
+#
+# The crop becomes a vector, and the vector two scores and two boxes: one for each
+# class, and the background's box is never used. `postprocess_detections` moves the
+# proposals, drops those that score at most 0.05, and runs NMS again, now within each
+# class and at an IoU of 0.5:
+
+# %% tags=["nbval-ignore-output"]
+vectors = inside.roi_heads.box_head(pooled)
+class_logits, box_regression = inside.roi_heads.box_predictor(vectors)
+print(*(list(t.shape) for t in (vectors, class_logits, box_regression)))
+assert list(vectors.shape) == [len(proposals[0]), in_features]
+assert list(class_logits.shape) == [len(proposals[0]), num_classes]
+assert list(box_regression.shape) == [len(proposals[0]), num_classes * 4]
+
+boxes, scores, labels = inside.roi_heads.postprocess_detections(
+    class_logits, box_regression, proposals, batch.image_sizes
+)
+assert inside.roi_heads.score_thresh == 0.05 and inside.roi_heads.nms_thresh == 0.5
+
+# %% [markdown]
+# The 20 proposals that look most like a person, how the second stage corrects them,
+# and what is left with a score over 0.5:
+
+# %%
+likely = class_logits.softmax(dim=1)[:, 1].topk(20).indices
+corrected = inside.roi_heads.box_coder.decode(box_regression, proposals)[:, 1]
+figure, panels = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+titles = ["the 20 likeliest proposals", "corrected", "after NMS, score over 0.5"]
+drawn = [proposals[0][likely], corrected[likely], boxes[0][scores[0] > 0.5]]
+for axes, title, chosen in zip(panels, titles, drawn, strict=True):
+    axes.imshow(view, extent=extent)
+    axes.axis("off")
+    axes.set_title(title)
+    outline(axes, chosen, "yellow", lw=1)
+plt.show()
+
+# %% [markdown]
+# ### 6. The mask branch: 28 × 28, pasted
+#
+# For each detection the features are pooled again, to 14 × 14, and become 28 × 28
+# logits for each class the branch knows. The label says which of them counts:
+
+# %% tags=["nbval-ignore-output"]
+from torchvision.models.detection.roi_heads import maskrcnn_inference
+
+mask_features = inside.roi_heads.mask_roi_pool(features, boxes, batch.image_sizes)
+mask_logits = inside.roi_heads.mask_predictor(inside.roi_heads.mask_head(mask_features))
+masks = maskrcnn_inference(mask_logits, labels)
+print(*(list(t.shape) for t in (mask_features, mask_logits, masks[0])))
+found = len(boxes[0])
+assert list(mask_features.shape) == [found, channels, 14, 14]
+assert list(mask_logits.shape) == [found, len(categories), 28, 28]
+assert list(masks[0].shape) == [found, 1, 28, 28]
+
+# %% [markdown]
+# `transform.postprocess` brings everything back to the pixels of the picture, and
+# pastes each mask into its box, stretched to its size. That was the last step. The
+# parts by hand give what the model gives, and the boxes are those of the Faster
+# R-CNN: a mask branch changes nothing about them.
+
+# %%
+result = {
+    "boxes": boxes[0],
+    "labels": labels[0],
+    "scores": scores[0],
+    "masks": masks[0],
+}
+detections = inside.transform.postprocess(
+    [result.copy()], batch.image_sizes, [image.shape[1:]]
+)[0]
+expected = inside([image])[0]
+assert set(detections) == set(expected)
+for name in expected:
+    torch.testing.assert_close(detections[name], expected[name], rtol=1e-3, atol=1e-2)
+faster_rcnn = predict(model, [image], device, score_threshold=0)[0]
+torch.testing.assert_close(
+    detections["boxes"].cpu(), faster_rcnn["boxes"], rtol=1e-3, atol=1e-2
+)
+
+# %% [markdown]
+# The two best detections: the mask as predicted, pasted into the picture, and cut at
+# 0.5. The axes count cells on the left, pixels of the picture elsewhere. An outline
+# cannot be finer than the 28 cells across its box, however large the picture:
+
+# %%
+figure, panels = plt.subplots(2, 3, figsize=(11, 7), layout="constrained")
+for i, (left, middle, right) in enumerate(panels):
+    left.imshow(masks[0][i, 0].cpu(), cmap="magma", vmin=0, vmax=1)
+    left.set_title("28 × 28, as predicted")
+    pasted = detections["masks"][i, 0].cpu()
+    x1, y1, x2, y2 = detections["boxes"][i].tolist()
+    margin = 0.2 * max(x2 - x1, y2 - y1)
+    for axes in (middle, right):
+        axes.imshow(image.permute(1, 2, 0).cpu())
+        outline(axes, detections["boxes"][i : i + 1], "yellow", lw=1)
+        axes.set_xlim(max(0, x1 - margin), min(image.shape[2], x2 + margin))
+        axes.set_ylim(min(image.shape[1], y2 + margin), max(0, y1 - margin))
+    middle.imshow(pasted, cmap="magma", vmin=0, vmax=1, alpha=0.7)
+    middle.set_title("pasted into its box")
+    right.contour(pasted, levels=[0.5], colors="cyan", linewidths=1.5)
+    right.set_title("cut at 0.5")
+plt.show()
+
+# %% [markdown]
+# ### 7. Where the losses come from
+#
+# In training mode the same parts run, and their answers are compared with the target.
+# First the anchors. One is *positive* if its IoU with a person is at least 0.7, or if
+# no other fits that person better; *negative* if its IoU with everybody is below 0.3;
+# what lies between is ignored. There are far too many negatives, so at most 256
+# anchors are drawn at random, at most half of them positive.
+
+# %% tags=["nbval-ignore-output"]
+inside.train()
+inside.backbone.eval()
+torch.manual_seed(SEED)
+_, targets = to_device([], [target], device)
+_, targets = inside.transform([image], targets)
+anchor_labels, matched = inside.rpn.assign_targets_to_anchors(anchors, targets)
+drawn = inside.rpn.fg_bg_sampler(anchor_labels)
+positive, negative = drawn[0][0].bool(), drawn[1][0].bool()
+for name, value in (("positive", 1), ("negative", 0), ("ignored", -1)):
+    kind = anchor_labels[0] == value
+    used = kind & (positive | negative)
+    print(f"{name:8} {kind.sum().item():6}, drawn {used.sum().item():3}")
+assert positive.sum() + negative.sum() == 256 and positive.sum() <= 128
+assert (anchor_labels[0] == 1).sum() < (anchor_labels[0] == 0).sum() / 10
+matcher = inside.rpn.proposal_matcher
+assert (matcher.low_threshold, matcher.high_threshold) == (0.3, 0.7)
+
+# %% [markdown]
+# The boxes of the target are dashed. Positive anchors are few, and need not fit well:
+# that is what the four numbers are for.
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+titles = ["positive, drawn", "30 of those ignored", "negative, drawn"]
+ignored = (anchor_labels[0] == -1).nonzero().flatten()
+ignored = ignored[torch.linspace(0, len(ignored) - 1, 30).long()]
+for axes, title, which, colour in zip(
+    panels, titles, (positive, ignored, negative), ("C2", "C1", "C3"), strict=True
+):
+    axes.imshow(view, extent=extent)
+    axes.set(xlim=extent[:2], ylim=extent[2:], title=title)
+    axes.axis("off")
+    outline(axes, anchors[0][which], colour, lw=1.5 if which is positive else 0.7)
+    outline(axes, targets[0]["boxes"], "white", lw=1.5, ls="--")
+plt.show()
+
+# %% [markdown]
+# `loss_objectness` is the mean cross-entropy over all anchors drawn.
+# `loss_rpn_box_reg` looks at the positive ones only: how far are the four numbers
+# from those that would have moved the anchor onto its person?
+
+# %%
+from torch.nn import functional as F
+
+sampled = positive | negative
+objectness_terms = F.binary_cross_entropy_with_logits(
+    logits.flatten(), anchor_labels[0], reduction="none"
+)
+wanted = inside.rpn.box_coder.encode(matched, anchors)[0]
+move_terms = F.smooth_l1_loss(moves, wanted, beta=1 / 9, reduction="none").sum(dim=1)
+by_hand = {
+    "loss_objectness": objectness_terms[sampled].mean(),
+    "loss_rpn_box_reg": move_terms[positive].sum() / sampled.sum(),
+}
+
+# %% [markdown]
+# The second stage does the same with proposals. `select_training_samples` adds the
+# target's own boxes to them, calls a proposal a person if its IoU with one is at
+# least 0.5 and background if not, and draws at most a quarter of people.
+# `loss_classifier` is over all drawn, `loss_box_reg` over the people among them:
+
+# %%
+filtered = inside.rpn.filter_proposals(moved, logits, batch.image_sizes, per_level)
+rois, matched, roi_labels, wanted = inside.roi_heads.select_training_samples(
+    filtered[0], targets
+)
+person = roi_labels[0] == 1
+assert person.sum() <= inside.roi_heads.fg_bg_sampler.batch_size_per_image / 4
+assert inside.roi_heads.proposal_matcher.high_threshold == 0.5
+pooled = inside.roi_heads.box_roi_pool(features, rois, batch.image_sizes)
+class_logits, box_regression = inside.roi_heads.box_predictor(
+    inside.roi_heads.box_head(pooled)
+)
+class_terms = F.cross_entropy(class_logits, roi_labels[0], reduction="none")
+of_person = box_regression.view(-1, num_classes, 4)[:, 1]
+box_terms = F.smooth_l1_loss(of_person, wanted[0], beta=1 / 9, reduction="none").sum(1)
+by_hand["loss_classifier"] = class_terms.mean()
+by_hand["loss_box_reg"] = box_terms[person].sum() / len(person)
+
+# %% [markdown]
+# And the masks: `project_masks_on_boxes` cuts the target's mask out of each proposal
+# that is a person, as 28 × 28, with RoIAlign again. `loss_mask` is the mean
+# cross-entropy of all their cells, in the logits of the person's class:
+
+# %%
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
+
+people = rois[0][person]
+mask_targets = project_masks_on_boxes(
+    targets[0]["masks"], people, matched[0][person], 28
+)
+mask_features = inside.roi_heads.mask_roi_pool(features, [people], batch.image_sizes)
+mask_logits = inside.roi_heads.mask_predictor(inside.roi_heads.mask_head(mask_features))
+mask_logits = mask_logits[:, 1]
+mask_terms = F.binary_cross_entropy_with_logits(
+    mask_logits, mask_targets, reduction="none"
+)
+assert mask_terms.shape == mask_targets.shape == (len(people), 28, 28)
+by_hand["loss_mask"] = mask_terms.mean()
+
+# %% [markdown]
+# With the same seed the model draws the same anchors and proposals, so all five must
+# agree:
+
+# %% tags=["nbval-ignore-output"]
+torch.manual_seed(SEED)
+losses = inside(*to_device([image], [target], device))
+assert set(losses) == set(by_hand)
+for name, value in losses.items():
+    print(f"{name:18}{value.item():.4f}   by hand {by_hand[name].item():.4f}")
+    torch.testing.assert_close(value, by_hand[name], rtol=1e-4, atol=1e-5)
+
+# %% [markdown]
+# Where on the picture do they come from? For each loss of the boxes, the anchors or
+# proposals with the ten largest terms, the largest in yellow:
+
+# %%
+sources = {
+    "loss_objectness": (anchors[0][sampled], objectness_terms[sampled]),
+    "loss_rpn_box_reg": (anchors[0][positive], move_terms[positive]),
+    "loss_classifier": (rois[0], class_terms),
+    "loss_box_reg": (people, box_terms[person]),
+}
+figure, panels = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+for axes, (name, (chosen, terms)) in zip(panels.flat, sources.items(), strict=True):
+    axes.imshow(view, extent=extent, alpha=0.6)
+    axes.set(xlim=extent[:2], ylim=extent[2:], title=name)
+    axes.axis("off")
+    for i in terms.argsort()[-10:]:
+        colour = plt.cm.plasma((terms[i] / terms.max()).item())
+        outline(axes, chosen[i : i + 1], colour, lw=1.8)
+plt.show()
+
+# %% [markdown]
+# And for `loss_mask`, the proposals with the smallest and the largest mean: the
+# target, the prediction, and the terms of the mean. They show what each
+# prediction gets wrong:
+
+# %%
+order = mask_terms.mean(dim=(1, 2)).argsort()
+figure, panels = plt.subplots(2, 4, figsize=(11, 6), layout="constrained")
+for row, i in zip(panels, (order[0], order[-1]), strict=True):
+    x1, y1, x2, y2 = people[i].round().int().tolist()
+    row[0].imshow(view[y1:y2, x1:x2])
+    row[0].set_title("the proposal")
+    for axes, cells, title in (
+        (row[1], mask_targets[i], "target"),
+        (row[2], mask_logits[i].sigmoid(), "prediction"),
+        (row[3], mask_terms[i], "terms of loss_mask"),
+    ):
+        axes.imshow(cells.cpu(), cmap="magma", vmin=0)
+        axes.set_title(title)
+for axes in panels.flat:
+    axes.axis("off")
+plt.show()
+
+# %% [markdown]
+# ### The whole way
+#
+# The drawing at the top of this notebook, with the same picture at every stage, and
+# its width and height there:
+
+# %%
+heat = features["1"][0].norm(dim=0).cpu()
+heat = torch.tensor(plt.cm.magma(plt.Normalize()(heat)))[..., :3].permute(2, 0, 1)
+best = {k: v[detections["scores"] > 0.5] for k, v in detections.items()}
+boxes_alone = {"boxes": best["boxes"], "scores": best["scores"]}
+stages = {
+    "images": (image, None),
+    "transform": (pixels[0], None),
+    'backbone, level "1"': (heat, None),
+    "rpn, the 15 best proposals": (pixels[0], {"boxes": proposals[0][:15]}),
+    "roi_heads, boxes that score over 0.5": (image, boxes_alone),
+    "roi_heads, their masks": (image, best),
+}
+sizes = [" × ".join(map(str, picture.shape[:0:-1])) for picture, _ in stages.values()]
+titles = [f"{name} ({size})" for name, size in zip(stages, sizes, strict=True)]
+show(*zip(*stages.values(), strict=True), titles, cell=(4.2, 3.2))
+plt.show()
+
+# %% [markdown]
 # ## Where the small models' weights come from
 #
 # `quick` and `laptop` need a detector that was trained before, and no download. Its
@@ -508,6 +1099,7 @@ plt.show()
 # - **Check** what is new and what is kept; everything but four tensors is.
 # - **Sum** the losses, step, and stop if the sum is not finite.
 # - **Choose** on validation, **report** on test.
+# - **Look** inside when an answer surprises you: each part can be called alone, and what it gives drawn.
 
 # %% [markdown]
 # ## On your own
@@ -520,6 +1112,9 @@ plt.show()
 #    <details><summary>Hint</summary><code>bbox_pred</code> has four rows for each class, so classes 0 and 1 are rows 0 to 7.</details>
 # 3. Train three seeds. How far apart are the APs?
 #    <details><summary>Hint</summary>Set <code>SEED</code> for the training only, and keep the split's.</details>
+# 4. Take somebody who was not found in "Where it fails" through "Look inside". Which part loses them: is
+#    there no proposal with an IoU of at least 0.5, is its score low, or does the last NMS drop it?
+#    <details><summary>Hint</summary><code>image, target = test_samples[worst]</code>; scale the target's boxes to the batch, and compare with <code>box_iou</code> after each stage.</details>
 
 # %% [markdown]
 # ## In practice

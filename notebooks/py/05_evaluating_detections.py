@@ -321,13 +321,18 @@ assert limits == {0.5: 13, 0.75: 5, 0.95: 1}
 from torch.utils.data import DataLoader
 from torchvision.models import get_model
 
-from tutorial_lib.engine import evaluate, train_one_epoch, warmup_cosine
+from tutorial_lib.engine import (
+    evaluate,
+    train_one_epoch,
+    use_bfloat16,
+    warmup_cosine,
+)
 from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
 from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
 from tutorial_lib.transforms import get_transform
 
-augmented = PennFudanDataset(root, get_transform(train=True))
-plain = PennFudanDataset(root, get_transform(train=False))
+augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
+plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
 train_set, _, _ = split_dataset(augmented, preset.split, seed=0)
 _, val_set, test_set = split_dataset(plain, preset.split, seed=0)
 loader_options = {"batch_size": preset.batch_size, "collate_fn": collate_fn}
@@ -340,6 +345,7 @@ def finetuned(seed):
     sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
     model = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
     model = replace_mask_predictor(replace_box_predictor(model, 2), 2).to(device)
+    use_bfloat16(model, device)
     loader = DataLoader(train_set, shuffle=True, drop_last=True, **loader_options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate)
     schedule = warmup_cosine(optimizer, len(loader), EPOCHS * len(loader))

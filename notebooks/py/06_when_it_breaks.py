@@ -958,5 +958,4 @@ for masks in ({}, {"masks": person}):
 #   [generalized_rcnn.py](https://github.com/pytorch/vision/blob/main/torchvision/models/detection/generalized_rcnn.py), 130 lines that are worth reading.
 # - [Serialization semantics](https://pytorch.org/docs/stable/notes/serialization), on what a checkpoint is.
 #
-# **Next:** back to your own data, with notebook [01](01_dataset.ipynb) for what a target has to hold, and
-# [04](04_penn_fudan_mask_rcnn.ipynb) for the whole run.
+# **Next:** [07, make it fast](07_making_it_fast.ipynb).

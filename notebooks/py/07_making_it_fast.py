@@ -1,0 +1,412 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Make it fast: one change at a time, each measured
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/07_making_it_fast.ipynb)
+#
+# You start from the loop that most tutorials use, see where its time goes, and change one thing after
+# the other until you arrive at the library's loop.
+
+# %% [markdown]
+# ## What you'll do
+#
+# - put a clock on each part of the classic loop;
+# - look into one training step with PyTorch's profiler;
+# - keep decoded images, choose the number of threads, compute in bfloat16, and measure what each is worth;
+# - paste only the masks that somebody looks at;
+# - add it all up, beside a table that was measured on whole epochs.
+#
+# **You need** notebook [04](04_penn_fudan_mask_rcnn.ipynb), whose loop this one explains.
+#
+# | preset | measures | time |
+# |---|---|---|
+# | `quick` | `maskrcnn_mini_fpn` on drawn scenes | @QUICK@ |
+# | `laptop` | the same on photographs | @LAPTOP@ |
+# | `full` | `maskrcnn_resnet50_fpn` on photographs | not measured yet: it needs a CUDA card |
+
+# %% [markdown]
+# ## Set-up
+#
+# The notebooks import a small library, `tutorial_lib`. This cell installs it where
+# it is missing, as on Colab, and leaves PyTorch as it is.
+
+# %% tags=["set-up"]
+import importlib.util
+
+ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
+if importlib.util.find_spec("tutorial_lib") is None:
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
+
+# %% [markdown]
+# The preset, as in notebook 01. Times differ from machine to machine, and from minute to minute on a machine
+# that does other things too; what counts are ratios, of works that were timed side by side.
+
+# %% tags=["nbval-ignore-output"]
+import os
+
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler talks about itself otherwise
+import torch
+
+import tutorial_lib.models  # registers the small models with torchvision
+from tutorial_lib.engine import pick_device
+from tutorial_lib.presets import (
+    choose_preset,
+    fetch_weights,
+    prepare_data,
+    provenance,
+)
+
+preset = choose_preset()
+SEED = 0
+BATCHES = 4  # to measure on
+device = pick_device()
+root = prepare_data(preset)
+fetch_weights(preset.mask_rcnn, preset.weights)
+print(provenance(preset, device))
+
+# %% [markdown]
+# ## The classic loop, with clocks
+#
+# Float32, SGD, images decoded from disk whenever they are asked for, and every loss read after every step.
+# A card works on while Python goes ahead, so a clock has to wait for it:
+
+# %%
+import time
+
+
+def now():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# %%
+from torch.utils.data import DataLoader, Subset
+from torchvision.models import get_model
+
+from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
+from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.transforms import get_transform
+
+from_disk = PennFudanDataset(root, get_transform(train=True))
+train_set, _, _ = split_dataset(from_disk, preset.split, SEED)
+few = Subset(train_set, range(BATCHES * preset.batch_size))
+loader = DataLoader(few, preset.batch_size, collate_fn=collate_fn)
+
+
+def build_model():
+    torch.manual_seed(SEED)
+    sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
+    model = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
+    return replace_mask_predictor(replace_box_predictor(model, 2), 2).to(device)
+
+
+# %% [markdown]
+# Each part of the loop stops its clock before the next one begins:
+
+# %%
+from itertools import pairwise
+
+from tutorial_lib.engine import to_device
+
+model = build_model().train()
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+seconds = {"data": 0.0, "forward": 0.0, "backward": 0.0, "update": 0.0}
+begun = now()
+for images, targets in loader:
+    decoded = now()
+    losses = model(*to_device(images, targets, device))
+    loss = sum(losses.values())
+    computed = now()
+    optimizer.zero_grad()
+    loss.backward()
+    derived = now()
+    optimizer.step()
+    logged = {name: value.item() for name, value in losses.items()}
+    ended = now()
+    times = (begun, decoded, computed, derived, ended)
+    for name, (start, end) in zip(seconds, pairwise(times), strict=True):
+        seconds[name] += end - start
+    begun = ended
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots(figsize=(6, 2), layout="constrained")
+axes.barh(list(seconds), [value / BATCHES for value in seconds.values()])
+axes.set(xlabel="seconds a step, on average")
+axes.invert_yaxis()
+plt.show()
+assert seconds["forward"] + seconds["backward"] > seconds["update"]
+
+# %% [markdown]
+# Forward and backward are where the time is. What a gain elsewhere is worth can be read here before anything
+# is changed: if data are a tenth of a step, no trick with data can save more than a tenth. (On a fast card it is the
+# other way round: the step shrinks, decoding does not.)
+#
+# ## Inside a step
+#
+# PyTorch's profiler counts the time of every operation. *Self* time leaves out the operations that one calls:
+
+# %%
+from torch.profiler import ProfilerActivity, profile
+
+batch = next(iter(loader))
+activities = [ProfilerActivity.CPU]
+if device.type == "cuda":
+    activities.append(ProfilerActivity.CUDA)
+
+
+def step(model, optimizer, batch):
+    losses = model(*to_device(*batch, device))
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+
+
+step(model, optimizer, batch)
+with profile(activities=activities) as profiler:
+    step(model, optimizer, batch)
+
+# %%
+events = profiler.key_averages()
+kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+largest = sorted(events, key=lambda event: -getattr(event, kind))[:8]
+figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+axes.barh(
+    [event.key[:45] for event in largest],
+    [getattr(event, kind) / 1e3 for event in largest],
+)
+axes.set(xlabel="milliseconds of one step")
+axes.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# Names that end in `_backward` belong to the backward pass. Convolutions and their gradients are the most of it on a CPU,
+# and RoIAlign's gradient follows. The first are what processors have special instructions for.
+
+# %%
+names = [event.key for event in largest]
+assert device.type == "cuda" or any("convolution" in name for name in names[:3])
+
+# %% [markdown]
+# ## Data: decode once
+#
+# A PNG file is decompressed and its mask taken apart in every epoch. With `in_memory=True` the data set keeps what it
+# has decoded, as uint8; conversion to float and augmentation still happen every time, since they
+# should differ from epoch to epoch.
+
+# %% tags=["nbval-ignore-output"]
+in_memory = PennFudanDataset(root, get_transform(train=True), in_memory=True)
+indices = range(8)
+per_sample = {}
+for name, dataset in {"from disk": from_disk, "in memory": in_memory}.items():
+    [dataset[index] for index in indices]
+    begun = now()
+    [dataset[index] for index in indices]
+    per_sample[name] = (now() - begun) / len(indices)
+    print(f"{name}: {1e3 * per_sample[name]:.1f} ms a sample")
+assert per_sample["in memory"] < per_sample["from disk"]
+
+# %% [markdown]
+# It fits for data sets of a few thousand images. For more, `num_workers` of the `DataLoader` decode while the model
+# computes; that helps where there are cores to spare, so with a card.
+#
+# ## Threads: not always more
+#
+# On a CPU, PyTorch shares each operation out among threads, one for each core. They wait for each
+# other at the end of every operation; if another program uses one of the cores, all wait for it. So
+# the library's `pick_num_threads` does not guess: it times the work that you give it and sets the best number.
+
+# %% tags=["nbval-ignore-output"]
+from tutorial_lib.engine import pick_num_threads
+
+by_threads = pick_num_threads(lambda: step(model, optimizer, batch))
+for number, value in by_threads.items():
+    print(f"{number} thread(s): {value:.2f} s a step")
+assert torch.get_num_threads() == min(by_threads, key=by_threads.get)
+
+# %% [markdown]
+# ## bfloat16, where the processor has it
+#
+# Notebook 04's `use_bfloat16` puts the backbone and the heads under autocast. To compare, both models take the same
+# steps, one after the other, so that whatever else the machine does disturbs both:
+
+# %% tags=["nbval-ignore-output"]
+import statistics
+
+from tutorial_lib.engine import use_bfloat16
+
+fast_model = build_model().train()
+changed = use_bfloat16(fast_model, device)
+models = {"float32": (model, optimizer)}
+models["bfloat16"] = (
+    fast_model,
+    torch.optim.AdamW(fast_model.parameters(), lr=1e-4),
+)
+step_times = {name: [] for name in models}
+for _ in range(5):
+    for name, pair in models.items():
+        begun = now()
+        step(*pair, batch)
+        step_times[name].append(now() - begun)
+per_step = {name: statistics.median(times[1:]) for name, times in step_times.items()}
+print("this processor is", "faster in bfloat16" if changed else "not: same work twice")
+print({name: f"{value:.2f} s a step" for name, value in per_step.items()})
+
+# %% [markdown]
+# What does it cost? The losses of the same batch, from the same weights and the same random proposals:
+
+# %% tags=["nbval-ignore-output"]
+exact, rounded = build_model().train(), build_model().train()
+use_bfloat16(rounded, device)
+compared = {}
+for name, candidate in {"float32": exact, "bfloat16": rounded}.items():
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        losses = candidate(*to_device(*batch, device))
+    compared[name] = sum(losses.values()).item()
+    print(f"{name}: loss {compared[name]:.4f}")
+assert abs(compared["bfloat16"] / compared["float32"] - 1) < 0.05
+
+# %% [markdown]
+# The difference is smaller than that between two seeds. Whether AP suffers is a question for whole trainings and several
+# seeds; the spread that notebook 05 found is the yardstick.
+#
+# ## Inference: paste what somebody looks at
+#
+# Mask R-CNN predicts masks of 28 × 28, and torchvision pastes up to 100 of them into pictures of full size, most for detections with
+# scores so low that nobody wants them. `predict` cuts by score first, and pastes what is left. The result is the same:
+
+# %% tags=["nbval-ignore-output"]
+from tutorial_lib.engine import predict
+
+plain = PennFudanDataset(root, get_transform(train=False))
+picture = plain[0][0].to(device)
+pretrained = get_model(preset.mask_rcnn, weights=preset.weights).to(device).eval()
+inference_times = {"all pasted": [], "over 0.5 pasted": []}
+for _ in range(5):
+    begun = now()
+    with torch.inference_mode():
+        (whole,) = pretrained([picture])
+    pasted = now()
+    (cut,) = predict(pretrained, [picture], device, score_threshold=0.5)
+    inference_times["all pasted"].append(pasted - begun)
+    inference_times["over 0.5 pasted"].append(now() - pasted)
+keep = whole["scores"] >= 0.5
+assert torch.equal(whole["masks"][keep].cpu(), cut["masks"])
+print(f"{len(keep)} detections, {keep.sum()} of them with a score of at least 0.5")
+for name, times in inference_times.items():
+    print(f"{name}: {1e3 * statistics.median(times[1:]):.0f} ms")
+
+# %% [markdown]
+# The same thought makes evaluation fast. `evaluate` compares the 28 × 28 masks inside their boxes, without pasting and without
+# run-length encoding, and keeps the IoUs alone (notebook 05).
+#
+# ## All together
+#
+# An epoch of a few batches, as it was and as it is now, one after the other: classic data and step, then the
+# library's `train_one_epoch` on samples in memory.
+
+# %% tags=["nbval-ignore-output"]
+from tutorial_lib.engine import train_one_epoch
+
+fast_set, _, _ = split_dataset(in_memory, preset.split, SEED)
+fast_few = Subset(fast_set, range(BATCHES * preset.batch_size))
+fast_loader = DataLoader(fast_few, preset.batch_size, collate_fn=collate_fn)
+[fast_few[index] for index in range(len(fast_few))]  # decoded once
+fast_optimizer = models["bfloat16"][1]
+begun = now()
+for batch in loader:
+    step(model, optimizer, batch)
+middle = now()
+train_one_epoch(fast_model, fast_optimizer, fast_loader, device, progress=False)
+whole_epoch = {"classic": middle - begun, "ours": now() - middle}
+print({name: f"{value:.1f} s" for name, value in whole_epoch.items()})
+
+# %% [markdown]
+# ## Measured with patience
+#
+# A few batches give a noisy answer. The project's benchmark times each work many times, the classic way and
+# ours in turn, and `tests/benchmarks/results/speed.json` keeps what it found and on what.
+# In a clone, `python -m tests.benchmarks.speed` makes it anew; with a card, also the works on CUDA.
+
+# %%
+import json
+from pathlib import Path
+
+results = Path("../tests/benchmarks/results/speed.json")
+rows = json.loads(results.read_text())["rows"] if results.exists() else []
+if not rows:
+    print("the table is in the project's repository: clone it to see it here")
+print(f"{'work':24}{'classic':>10}{'ours':>10}{'ratio':>7}")
+for row in rows:
+    print(
+        f"{row['work']:24}{row['classic']:8.4f} s{row['ours']:8.4f} s{row['ratio']:7.1f}"
+    )
+
+# %%
+figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+bars = axes.barh([row["work"] for row in rows], [row["ratio"] for row in rows])
+axes.bar_label(bars, fmt="%.1f", padding=3)
+axes.axvline(1, color="black", linewidth=1)
+axes.set(xscale="log", xlabel="how many times as fast as the classic way", xticks=[])
+axes.minorticks_off()
+axes.margins(x=0.1)
+axes.invert_yaxis()
+plt.show()
+print(*sorted({f"{row['device']}, torch {row['torch']}" for row in rows}), sep="\n")
+
+# %% tags=["results", "nbval-ignore-output"]
+{"train_step_ratio": round(per_step["float32"] / per_step["bfloat16"], 2)}
+
+# %% [markdown]
+# ## Recap
+#
+# - **Measure** before you change anything, and side by side.
+# - **Keep** decoded images where they fit into memory.
+# - **Try** the number of threads on a CPU; the most is not always the best.
+# - **Compute** convolutions in bfloat16 where the processor is faster in it, and boxes in float32.
+# - **Leave out** work whose result nobody reads.
+
+# %% [markdown]
+# ## On your own
+#
+# 1. Convert the model to `memory_format=torch.channels_last`. Is it faster on your machine?
+#    <details><summary>Hint</summary><code>model.to(memory_format=torch.channels_last)</code>, and time it beside the other, as above.</details>
+# 2. Compile the backbone with `torch.compile`. After how many steps has it earned what compiling took?
+#    <details><summary>Hint</summary>Images differ in size, so use <code>dynamic=True</code>, and time the first call apart from the others.</details>
+# 3. Halve `box_batch_size_per_image`. What does a step take, and what does AP say after a whole training?
+#    <details><summary>Hint</summary><code>model.roi_heads.fg_bg_sampler.batch_size_per_image</code>.</details>
+
+# %% [markdown]
+# ## In practice
+#
+# - Detection models ask the device for numbers many times in a step (how many proposals are left?), so the losses that the
+#   loop reads are one more among many.
+# - Several processes with one thread each can be faster than one process with several threads, on a CPU too:
+#   `python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train` (notebook 04).
+# - A smaller `min_size` is the largest gain of all, and costs small objects (notebook 03).
+# - The clock of a notebook's cell includes what PyTorch does once: choosing kernels, reserving memory. Leave the first
+#   round out.
+#
+# ## Further reading
+#
+# - PyTorch's [performance tuning guide](https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html)
+#   and [profiler recipe](https://docs.pytorch.org/tutorials/recipes/recipes/profiler_recipe.html).
+# - [Automatic mixed precision](https://docs.pytorch.org/docs/stable/amp.html).
+#
+# **Next:** back to your own data, with notebook [01](01_dataset.ipynb) for what a target has to hold, and
+# [04](04_penn_fudan_mask_rcnn.ipynb) for the whole run.
