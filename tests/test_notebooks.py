@@ -7,7 +7,7 @@ import tomllib
 import nbformat
 import pytest
 
-from tools.notebooks import NOTEBOOKS, ROOT, SOURCES, code_hash, library_hash, read_source
+from tools.notebooks import NOTEBOOKS, ROOT, SOURCES, hashes, library_hash, read_source
 
 NAMES = sorted(path.stem for path in SOURCES.glob("*.py"))
 HEADINGS = ["What you'll do", "Set-up", "Recap", "On your own", "In practice", "Further reading"]
@@ -54,8 +54,8 @@ def test_source_and_notebook_agree(name):
 def test_outputs_are_of_this_code(name):
     notebook = stored(name)
     known = notebook.metadata["tutorial"]
-    assert known["code_hash"] == code_hash(notebook), "the code is newer than its outputs: run `make notebooks`"
-    assert known["library_hash"] == library_hash(), "the library is newer than the outputs: run `make notebooks`"
+    for key, value in hashes(notebook).items():
+        assert known[key] == value, f"{key}: the code is newer than its outputs: run `make notebooks`"
     assert {"preset", "device", "python", "torch", "torchvision", "date", "seconds"} <= set(known)
 
 
@@ -146,6 +146,28 @@ def test_shown_functions_are_the_librarys(source):
 @pytest.mark.parametrize("source", tagged("copy-me"))
 def test_copy_me_cells_run_alone(source):
     exec(compile(source, "copy-me", "exec"), {"__name__": "copied"})
+
+
+def test_the_library_hash_is_of_the_modules_that_are_needed(monkeypatch, tmp_path):
+    from tools import notebooks
+
+    library = tmp_path / "tutorial_lib"
+    (library / "weights").mkdir(parents=True)
+    for name, text in {"a": "import tutorial_lib.b", "b": "x = 1", "c": "y = 1", "models": "z = 1"}.items():
+        (library / f"{name}.py").write_text(text)
+    (library / "weights" / "mini.pt").write_bytes(b"1")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    codes = ["from tutorial_lib.a import x", "from tutorial_lib.c import y", "import tutorial_lib.models", None]
+
+    def changed(path, content):
+        before = [library_hash(code) for code in codes]
+        path.write_bytes(content)
+        return [library_hash(code) != earlier for code, earlier in zip(codes, before, strict=True)]
+
+    assert changed(library / "b.py", b"x = 2") == [True, False, False, True]  # a needs it
+    assert changed(library / "c.py", b"y = 2") == [False, True, False, True]
+    assert changed(library / "weights" / "mini.pt", b"2") == [False, False, True, True]
+    assert changed(library / "c.py", b"# why\ny = 2") == [False] * 4
 
 
 def test_the_library_hash_sees_code_and_not_prose(tmp_path):

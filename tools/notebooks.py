@@ -3,8 +3,8 @@
     python -m tools.notebooks build [NAME ...]   write notebooks/*.ipynb from notebooks/py/*.py
     python -m tools.notebooks run [NAME ...]     run them into build/, with a summary table
 
-``build`` runs a notebook only where its code, or the library's, is newer than the stored
-outputs; a change of the prose keeps them. Both use the preset at hand (TUTORIAL_PRESET).
+``build`` runs a notebook only where its code, or that of the library's modules which it needs, is newer than
+the stored outputs; a change of the prose keeps them. Both use the preset at hand (TUTORIAL_PRESET).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import io
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -50,21 +51,37 @@ def code_of_module(text: str) -> str:
     return "\n".join(line for line in kept if line and not line.lstrip().startswith("#"))
 
 
-def library_hash() -> str:
-    """Of the code of tutorial_lib, and of the starter weights."""
-    library = ROOT / "tutorial_lib"
+def library_hash(code: str | None = None) -> str:
+    """Of the modules of tutorial_lib that this code imports, and that those import (of all, without it).
+
+    With ``models`` go the starter weights.
+    """
+    modules = {
+        path.stem: code_of_module(path.read_text(encoding="utf-8")) for path in (ROOT / "tutorial_lib").glob("*.py")
+    }
+    needed, found = set(), set(modules if code is None else re.findall(r"tutorial_lib\.(\w+)", code))
+    while found := (found & modules.keys()) - needed:
+        needed |= found
+        found = {name for module in found for name in re.findall(r"tutorial_lib\.(\w+)", modules[module])}
     digest = hashlib.sha256()
-    for path in sorted(library.glob("*.py")):
-        digest.update(f"{path.name}\n{code_of_module(path.read_text(encoding='utf-8'))}\n".encode())
-    for path in sorted(library.glob("weights/*.pt")):
-        digest.update(path.read_bytes())
+    for name in sorted(needed):
+        digest.update(f"{name}\n{modules[name]}\n".encode())
+    if "models" in needed:
+        for path in sorted((ROOT / "tutorial_lib" / "weights").glob("*.pt")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def code_hash(notebook: nbformat.NotebookNode) -> str:
-    """Of a notebook's code cells, but for the set-up cell, which only installs."""
+def code_of_cells(notebook: nbformat.NotebookNode) -> str:
+    """A notebook's code cells, but for the set-up cell, which only installs."""
     cells = [c.source for c in notebook.cells if c.cell_type == "code" and "set-up" not in c.metadata.get("tags", [])]
-    return hashlib.sha256("\n---\n".join(cells).encode()).hexdigest()[:16]
+    return "\n---\n".join(cells)
+
+
+def hashes(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """Of what a notebook's outputs depend on: its own code, and the library's."""
+    code = code_of_cells(notebook)
+    return {"code_hash": hashlib.sha256(code.encode()).hexdigest()[:16], "library_hash": library_hash(code)}
 
 
 def read_source(path: Path) -> nbformat.NotebookNode:
@@ -130,10 +147,10 @@ def build(names: list[str], force: bool) -> None:
         if names and not any(source.stem.startswith(name) for name in names):
             continue
         notebook, path = read_source(source), NOTEBOOKS / f"{source.stem}.ipynb"
-        hashes = {"code_hash": code_hash(notebook), "library_hash": library_hash()}
+        current = hashes(notebook)
         stored = nbformat.read(path, as_version=4) if path.exists() else None
         known = stored.metadata.get("tutorial", {}) if stored else {}
-        if not force and all(known.get(key) == value for key, value in hashes.items()):
+        if not force and all(known.get(key) == value for key, value in current.items()):
             outputs = [c for c in stored.cells if c.cell_type == "code"]
             for cell, old in zip((c for c in notebook.cells if c.cell_type == "code"), outputs, strict=True):
                 cell.outputs, cell.execution_count = old.outputs, old.execution_count
@@ -152,7 +169,7 @@ def build(names: list[str], force: bool) -> None:
                 "torchvision": torchvision.__version__,
                 "date": datetime.date.today().isoformat(),
                 "seconds": round(seconds),
-                **hashes,
+                **current,
             }
             print(f"{path.name}: run in {seconds:.0f} s")
         store_photographs_as_jpeg(notebook)

@@ -7,7 +7,6 @@ Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 import sys
@@ -156,7 +155,9 @@ class PennFudanDataset(Dataset):
         if self.in_memory:
             if index not in self._samples:
                 self._samples[index] = self._decode(index)
-            image, target = copy.deepcopy(self._samples[index])  # what is kept must not be changed in place
+            image, target = self._samples[index]
+            image = image.clone()  # what is kept must not be changed in place
+            target = {name: v.clone() if isinstance(v, Tensor) else v for name, v in target.items()}
         else:
             image, target = self._decode(index)
         if self.transforms is not None:

@@ -359,19 +359,13 @@ def train_one_epoch(
             optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()
-        history.append(
-            {
-                "loss": loss.item(),
-                **{name: value.item() for name, value in losses.items()},
-            }
-        )
+        history.append(torch.stack([loss, *losses.values()]).detach())
     if not history:
         raise ValueError(
             "data_loader gives no batches: it is empty, or drop_last leaves nothing of it"
         )
-    return {
-        name: sum(step[name] for step in history) / len(history) for name in history[0]
-    }
+    means = torch.stack(history).mean(dim=0).tolist()
+    return dict(zip(["loss", *losses], means, strict=True))
 
 
 # %% [markdown]

@@ -17,8 +17,12 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -137,8 +141,8 @@ def sample(in_memory: bool) -> dict:
     return alternating(classic.__getitem__, ours.__getitem__, indices) | {"preset": preset.name}
 
 
-def pair_of_models(preset: Preset, device: torch.device) -> list[torch.nn.Module]:
-    """The preset's Mask R-CNN for people, twice; the second with the library's switches. Random weights at full."""
+def pair_of_models(preset: Preset, device: torch.device, change: Callable = use_bfloat16) -> list[torch.nn.Module]:
+    """The preset's Mask R-CNN for people, twice; the second changed. Random weights at full."""
     torch.manual_seed(0)
     sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
     if preset.name == "full":
@@ -147,14 +151,22 @@ def pair_of_models(preset: Preset, device: torch.device) -> list[torch.nn.Module
         model = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
         tutorial_lib.models.replace_mask_predictor(tutorial_lib.models.replace_box_predictor(model, 2), 2)
     models = [model.to(device), copy.deepcopy(model).to(device)]
-    use_bfloat16(models[1], device)
+    change(models[1], device)
     return models
 
 
-def train_step(device: torch.device) -> dict:
+def channels_last(model: torch.nn.Module, device: torch.device) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def compiled(model: torch.nn.Module, device: torch.device) -> None:
+    model.backbone.compile(dynamic=True)
+
+
+def train_step(device: torch.device, change: Callable = use_bfloat16) -> dict:
     """A training step on 12 batches that are in memory."""
     preset = preset_at_hand(device)
-    classic, ours = pair_of_models(preset, device)
+    classic, ours = pair_of_models(preset, device, change)
     dataset = PennFudanDataset(prepare_data(preset), get_transform(train=True))
     train_set = split_dataset(dataset, preset.split, seed=0)[0]
     torch.manual_seed(0)
@@ -222,6 +234,23 @@ def epoch(device: torch.device) -> dict:
     return row
 
 
+def processes() -> dict:
+    """The training of two epochs in one process with its threads, and in two with one thread each."""
+    seconds = {}
+    for name, count, threads in (("classic", 1, os.cpu_count()), ("ours", 2, 1)):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+        with tempfile.TemporaryDirectory() as out:
+            arguments = ["--preset", preset_at_hand(CPU).name, "--epochs", "2", "--out", out]
+            subprocess.run(
+                [sys.executable, *launcher, "-m", "tutorial_lib.train", *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            seconds[name] = json.loads((Path(out) / "results.json").read_text())["training_seconds"]
+    return {**seconds, "preset": preset_at_hand(CPU).name}
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WORKS: dict[str, Callable[[], dict]] = {
     "sample_from_disk": lambda: sample(in_memory=False),
@@ -229,6 +258,9 @@ WORKS: dict[str, Callable[[], dict]] = {
     "train_step_cpu": lambda: train_step(CPU),
     "inference_cpu": lambda: inference(CPU),
     "epoch_cpu": lambda: epoch(CPU),
+    "channels_last_cpu": lambda: train_step(CPU, channels_last),
+    "compile_cpu": lambda: train_step(CPU, compiled),
+    "two_processes_cpu": processes,
     "evaluator_50": lambda: evaluator(50, paste=True),
     "evaluator_1000": lambda: evaluator(1000, paste=True),
     "evaluator_50_pasted": lambda: evaluator(50, paste=False),

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tutorial_lib.engine import compute_in_bfloat16, evaluate, save_checkpoint, to_device
+from tutorial_lib.engine import evaluate, save_checkpoint, to_device, use_bfloat16
 from tutorial_lib.models import maskrcnn_mini_fpn
 from tutorial_lib.penn_fudan import boxes_from_masks, collate_fn
 from tutorial_lib.sample import CATEGORIES, draw_scene
@@ -81,7 +81,7 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     model = maskrcnn_mini_fpn(num_classes=len(CATEGORIES), min_size=(160, 192, 224, 256)).to(device)
     model = model.to(memory_format=torch.channels_last)
-    compute_in_bfloat16(model.backbone)
+    precision = "bfloat16" if use_bfloat16(model, device) else "float32"
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     decay_from = int(0.75 * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -156,7 +156,7 @@ def pretrain(
                 "mask_map_person": round(results.mask.per_class[1], 3),
             }
         },
-        "trained_with": f"torch {torch.__version__}, {device.type}, backbone in bfloat16",
+        "trained_with": f"torch {torch.__version__}, {device.type}, {precision}",
     }
     (out / "mini_fpn.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 

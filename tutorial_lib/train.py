@@ -1,0 +1,136 @@
+"""Notebook 04's run as a script, in one process or in several of PyTorch's own launcher.
+
+    python -m tutorial_lib.train --out runs/first
+    python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train --out runs/first
+
+Each process takes its own images, and the gradients are averaged, so two processes make steps of twice the batch size.
+The epoch is chosen on the validation images, and the test images are read once, at the end. The folder then holds
+``best.pt`` (:func:`tutorial_lib.engine.load_checkpoint`) and ``results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.models import get_model
+
+from tutorial_lib.engine import (
+    evaluate,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    train_one_epoch,
+    use_bfloat16,
+    warmup_cosine,
+)
+from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
+from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.presets import PRESETS, Preset, choose_preset, fetch_weights, prepare_data, provenance
+from tutorial_lib.transforms import get_transform
+
+
+def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: int, device: torch.device) -> dict:
+    """Finetune the preset's Mask R-CNN on people; where there is a process group, call it in each process.
+
+    Args:
+        out: the folder for ``best.pt``, which the first process writes and all read.
+        learning_rate: the highest of the schedule.
+
+    Returns:
+        The best epoch, its AP on validation and the results on the test images, the same in every process; and the
+        seconds of training, this process's own.
+
+    Raises:
+        FloatingPointError, ValueError, OSError: as the functions of ``engine`` and ``presets`` that it calls.
+
+    Source: notebooks 04 and 07.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:  # one process downloads, the others find it there
+        root = prepare_data(preset)
+        fetch_weights(preset.mask_rcnn, preset.weights)
+    if world > 1:
+        dist.barrier()
+    root = prepare_data(preset)
+
+    def loader(dataset: Dataset, training: bool) -> DataLoader:
+        sampler = DistributedSampler(dataset, world, rank, shuffle=training, seed=seed, drop_last=training)
+        return DataLoader(dataset, preset.batch_size, sampler=sampler, drop_last=training, collate_fn=collate_fn)
+
+    augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
+    plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
+    train_loader = loader(split_dataset(augmented, preset.split, seed=0)[0], training=True)
+    val_loader, test_loader = (loader(part, training=False) for part in split_dataset(plain, preset.split, seed=0)[1:])
+
+    torch.manual_seed(seed)
+    model = get_model(preset.mask_rcnn, weights=preset.weights, min_size=preset.min_size, max_size=preset.max_size)
+    model = replace_mask_predictor(replace_box_predictor(model, 2), 2).to(device)
+    use_bfloat16(model, device)
+    torch.manual_seed(seed + rank)  # from here on each process draws its own augmentation and proposals
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    steps = len(train_loader)
+    schedule = warmup_cosine(optimizer, steps, epochs * steps)
+    best, seconds = {"epoch": 0, "validation_mask_AP": -1.0}, 0.0
+    for epoch in range(1, epochs + 1):
+        train_loader.sampler.set_epoch(epoch)
+        begun = time.perf_counter()
+        losses = train_one_epoch(wrapped, optimizer, train_loader, device, lr_scheduler=schedule, progress=rank == 0)
+        seconds += time.perf_counter() - begun
+        if world > 1:  # BatchNorm's statistics are each process's own during an epoch
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+        mask_ap = evaluate(model, val_loader, device, progress=False).mask.AP
+        if mask_ap > best["validation_mask_AP"]:
+            best = {"epoch": epoch, "validation_mask_AP": mask_ap}
+            if rank == 0:
+                save_checkpoint(out / "best.pt", model=model, epoch=epoch, preset=preset.name)
+        if rank == 0:
+            print(f"epoch {epoch}/{epochs}  loss {losses['loss']:.3f}  validation mask AP {mask_ap:.3f}", flush=True)
+    if world > 1:
+        dist.barrier()
+    model.load_state_dict(load_checkpoint(out / "best.pt")["model"])
+    test = evaluate(model, test_loader, device, progress=False)
+    return {
+        **best,
+        "box_AP": test.box.AP,
+        "mask_AP": test.mask.AP,
+        "num_test_images": test.num_images,
+        "training_seconds": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a folder, made if need be")
+    parser.add_argument("--preset", choices=PRESETS, help="else TUTORIAL_PRESET; else full with CUDA, quick without")
+    parser.add_argument("--epochs", type=int, help="else the preset's long_epochs")
+    parser.add_argument("--learning-rate", type=float, help="else the preset's")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    preset = choose_preset(arguments.preset)
+    epochs = arguments.epochs or preset.long_epochs
+    learning_rate = arguments.learning_rate or preset.learning_rate
+    results = train(preset, arguments.out, epochs, learning_rate, arguments.seed, device)
+    if int(os.environ.get("RANK", 0)) == 0:
+        made_by = f"{provenance(preset, device)} | {world} process(es), {epochs} epochs, seed {arguments.seed}"
+        (arguments.out / "results.json").write_text(json.dumps({**results, "made_by": made_by}, indent=1) + "\n")
+        print(results)
+    if world > 1:
+        dist.destroy_process_group()
