@@ -516,7 +516,7 @@ def test_predict_on_a_real_model(dataset):
     assert 0 < len(predictions[0]["scores"]) < len(everything[0]["scores"])
 
 
-def test_predict_pastes_masks_as_the_model_does(dataset):
+def test_predict_gives_what_the_model_gives_above_the_threshold(dataset):
     model = maskrcnn_mini_fpn(weights="DEFAULT")
     images = [dataset[0][0], dataset[1][0]]
     with torch.inference_mode():
@@ -524,7 +524,9 @@ def test_predict_pastes_masks_as_the_model_does(dataset):
     for theirs, ours in zip(whole, predict(model, images, CPU, 0.3), strict=True):
         keep = theirs["scores"] >= 0.3
         assert 0 < keep.sum() < len(keep)
-        assert all(torch.equal(theirs[key][keep], ours[key]) for key in theirs)
+        for key in theirs:  # masks of fewer detections are computed in another batch, so not to the last bit
+            torch.testing.assert_close(theirs[key][keep], ours[key], rtol=0, atol=1e-4)
+    assert model.roi_heads.score_thresh == 0.05  # its own again
 
 
 def test_predict_threshold_includes_its_own_value(dataset):

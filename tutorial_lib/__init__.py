@@ -11,4 +11,5 @@ Modules, each small enough to copy into a project of your own:
 - ``checks``: ``check_dataset``, which looks at every sample of your own data
 - ``visualization``: images with targets or predictions, and training curves
 - ``presets``: quick, laptop, full
+- ``train``: the full run as a script, for one process or, under PyTorch's launcher, several
 """

@@ -19,9 +19,10 @@ from tutorial_lib.sample import write_sample
 class Preset:
     """What one preset decides.
 
-    ``split`` is the number of train, validation and test images; ``min_size`` and ``max_size`` are in
-    pixels; ``epochs`` is for finetuning (notebook 02), ``scratch_epochs`` for a backbone that is not
-    trained as a detector yet (03), ``long_epochs`` for the full run (04).
+    ``split`` is the number of train, validation and test images. ``min_size`` and ``max_size`` are the model's, in
+    pixels: of several ``min_size`` it takes a random one for each training image, and the last in evaluation.
+    ``epochs`` is for finetuning (notebook 02), ``scratch_epochs`` for a backbone that is not trained as a
+    detector yet (03), ``long_epochs`` for the full run (04).
     """
 
     name: str
@@ -31,7 +32,7 @@ class Preset:
     mask_rcnn: str
     weights: str
     trunk_weights: str | None
-    min_size: int
+    min_size: tuple[int, ...]
     max_size: int
     batch_size: int
     learning_rate: float
@@ -47,17 +48,17 @@ _MINI = {
 
 PRESETS = {
     "quick": Preset(
-        "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=192, max_size=384,
+        "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=(192,), max_size=384,
         batch_size=4, learning_rate=1e-3, epochs=4, scratch_epochs=4, long_epochs=10,
     ),
     "laptop": Preset(
-        "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=256, max_size=448,
-        batch_size=4, learning_rate=1e-3, epochs=8, scratch_epochs=6, long_epochs=12,
+        "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=(208, 240, 272, 304, 320), max_size=560,
+        batch_size=4, learning_rate=1.5e-3, epochs=8, scratch_epochs=6, long_epochs=24,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",
         mask_rcnn="maskrcnn_resnet50_fpn", weights="DEFAULT", trunk_weights="DEFAULT",
-        min_size=800, max_size=1333, batch_size=2, learning_rate=1e-4, epochs=5, scratch_epochs=10, long_epochs=10,
+        min_size=(800,), max_size=1333, batch_size=2, learning_rate=1e-4, epochs=5, scratch_epochs=10, long_epochs=10,
     ),
 }  # fmt: skip
 

@@ -77,7 +77,7 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
     torch.manual_seed(seed + rank)  # from here on each process draws its own augmentation and proposals
     wrapped = DistributedDataParallel(model) if world > 1 else model
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
     steps = len(train_loader)
     schedule = warmup_cosine(optimizer, steps, epochs * steps)
     best, seconds = {"epoch": 0, "validation_mask_AP": -1.0}, 0.0

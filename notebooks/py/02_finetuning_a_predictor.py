@@ -128,6 +128,9 @@ plt.show()
 # Older texts write `pretrained=True`. torchvision still accepts it, with the warning that it
 # "is deprecated since 0.13 and may be removed in the future", and loads `COCO_V1`, the same
 # as `weights="DEFAULT"` today. Write `weights=`: it says which ones.
+#
+# `min_size` and `max_size` say how large the model makes its images. `min_size` may hold several sizes, as it does at
+# `laptop`: then each training image gets a random one of them, and in evaluation all get the last.
 
 # %%
 from torchvision.models import get_model, get_model_weights
@@ -487,7 +490,7 @@ print(f"{lost} of {people} people on the test images are not found at score 0.5"
 inside = get_model(
     preset.mask_rcnn,
     weights=preset.weights,
-    min_size=preset.min_size,
+    min_size=preset.min_size[-1],
     max_size=preset.max_size,
 )
 inside = replace_box_predictor(inside, num_classes).to(device)
@@ -526,7 +529,7 @@ assert sum(branch_losses[steps:]) < sum(branch_losses[:steps])
 # %% [markdown]
 # ### 1. `transform`: from the picture to a batch
 #
-# The shorter side becomes `min_size`, unless the longer one would then exceed
+# The shorter side becomes `min_size` (here the one size of evaluation), unless the longer one would then exceed
 # `max_size`. Both are rounded down, and the batch is padded at the right and the
 # bottom to multiples of 32, so that the backbone can halve it five times.
 
@@ -549,7 +552,7 @@ print("the batch:  ", list(batch.tensors.shape))
 import math
 
 scale = min(
-    preset.min_size / min(image.shape[1:]), preset.max_size / max(image.shape[1:])
+    preset.min_size[-1] / min(image.shape[1:]), preset.max_size / max(image.shape[1:])
 )
 assert [height, width] == [int(side * scale) for side in image.shape[1:]]
 padded = [math.ceil(side / 32) * 32 for side in (height, width)]

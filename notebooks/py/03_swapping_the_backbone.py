@@ -154,7 +154,7 @@ resize = FasterRCNN(
     trunk,
     num_classes=2,
     rpn_anchor_generator=anchor_generator,
-    min_size=preset.min_size,
+    min_size=preset.min_size[-1],
     max_size=preset.max_size,
     image_mean=[0, 0, 0],
     image_std=[1, 1, 1],
@@ -917,7 +917,10 @@ def freeze_batch_norm(module):
 # %%
 from tutorial_lib.models import replace_box_predictor
 
-small = {"min_size": min(preset.min_size, 256), "max_size": min(preset.max_size, 448)}
+small = {
+    "min_size": min(preset.min_size[-1], 256),
+    "max_size": min(preset.max_size, 448),
+}
 
 
 def starter():
@@ -939,11 +942,11 @@ for frozen in (False, True):
 
 # %% [markdown]
 # Which of the two is better depends on the batch, and on how far the new images are from those that the
-# statistics came from. Both, trained for the same two epochs:
+# statistics came from. Both, trained for the same two epochs (one at `quick`):
 
 
 # %%
-def finetuned(model, epochs=2):
+def finetuned(model, epochs=1 if preset.name == "quick" else 2):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     steps = len(train_loader)

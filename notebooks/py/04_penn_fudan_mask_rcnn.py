@@ -22,7 +22,7 @@
 # ## What you'll do
 #
 # - replace both predictors of a Mask R-CNN, for boxes and for masks;
-# - train with a warm-up, a schedule and, on CUDA, mixed precision;
+# - train with a warm-up, a schedule and, where the device is faster in it, mixed precision;
 # - watch loss and AP on validation images, and keep the best epoch;
 # - put your numbers beside the zero-shot row and the published ones;
 # - save the model, load it again, and try it on a picture of your own.
@@ -102,7 +102,8 @@ test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 # ## The model, before training
 #
 # At `full` the next line is `torchvision.models.detection.maskrcnn_resnet50_fpn(weights="DEFAULT")`.
-# As in notebook 02, it knows "person" as number 1, so it can be asked before it is trained:
+# As in notebook 02, it knows "person" as number 1, so it can be asked before it is trained. Where the preset has several
+# `min_size`, each training image gets a random one of them, and a person is seen at several scales; in evaluation it is the last:
 
 # %% tags=["nbval-ignore-output"]
 from torchvision.models import get_model
@@ -487,6 +488,19 @@ plt.show()
 
 # %% tags=["results", "nbval-ignore-output"]
 {"box_AP": round(finetuned.box.AP, 4), "mask_AP": round(finetuned.mask.AP, 4)}
+
+# %% [markdown]
+# ## The same on several cards
+#
+# This notebook is one process, and a process uses one card. `tutorial_lib/train.py` is the same run as a script, and PyTorch's
+# launcher starts it once for each card, or for each core of a CPU:
+#
+# ```
+# python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train --out runs/first
+# ```
+#
+# Each process takes its own images, and the gradients are averaged. `evaluate` gathers what the processes have compared, so that
+# each image counts once, whatever their number.
 
 # %% [markdown]
 # ## Recap

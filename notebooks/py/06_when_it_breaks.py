@@ -702,8 +702,8 @@ for batch_size, min_size in ((1, 192), (2, 192), (1, 384)):
 # %%
 import dataclasses
 
-smaller = dataclasses.replace(preset, batch_size=1, min_size=400, max_size=667)
-assert (smaller.batch_size, smaller.min_size) == (1, 400)
+smaller = dataclasses.replace(preset, batch_size=1, min_size=(400,), max_size=667)
+assert (smaller.batch_size, smaller.min_size) == (1, (400,))
 assert abs(kept_bytes(2, 192) / base - 2) < 0.1
 assert abs(kept_bytes(1, 384) / base - 4) < 0.2
 with torch.no_grad():

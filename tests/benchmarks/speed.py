@@ -141,15 +141,18 @@ def sample(in_memory: bool) -> dict:
     return alternating(classic.__getitem__, ours.__getitem__, indices) | {"preset": preset.name}
 
 
-def pair_of_models(preset: Preset, device: torch.device, change: Callable = use_bfloat16) -> list[torch.nn.Module]:
+def pair_of_models(
+    preset: Preset, device: torch.device, change: Callable = use_bfloat16, new_predictors: bool = True
+) -> list[torch.nn.Module]:
     """The preset's Mask R-CNN for people, twice; the second changed. Random weights at full."""
     torch.manual_seed(0)
-    sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
+    sizes = {"min_size": preset.min_size[-1], "max_size": preset.max_size}
     if preset.name == "full":
         model = get_model(preset.mask_rcnn, weights=None, weights_backbone=None, num_classes=2, **sizes)
     else:
         model = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
-        tutorial_lib.models.replace_mask_predictor(tutorial_lib.models.replace_box_predictor(model, 2), 2)
+        if new_predictors:
+            tutorial_lib.models.replace_mask_predictor(tutorial_lib.models.replace_box_predictor(model, 2), 2)
     models = [model.to(device), copy.deepcopy(model).to(device)]
     change(models[1], device)
     return models
@@ -173,7 +176,7 @@ def train_step(device: torch.device, change: Callable = use_bfloat16) -> dict:
     loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
     batches = list(itertools.islice(itertools.cycle(loader), 12))
     sgd = torch.optim.SGD(classic.parameters(), lr=1e-4, momentum=0.9)
-    adamw = torch.optim.AdamW(ours.parameters(), lr=1e-4)
+    adamw = torch.optim.AdamW(ours.parameters(), lr=1e-4, fused=True)
     classic.train()
     return alternating(
         lambda batch: classic_step(classic, sgd, *batch, device),
@@ -183,9 +186,9 @@ def train_step(device: torch.device, change: Callable = use_bfloat16) -> dict:
 
 
 def inference(device: torch.device) -> dict:
-    """Detections with a score of at least 0.5 and their masks, of one image after the other."""
+    """Detections with a score of at least 0.5 and their masks, of one image after the other, before finetuning."""
     preset = preset_at_hand(device)
-    classic, ours = pair_of_models(preset, device)
+    classic, ours = pair_of_models(preset, device, new_predictors=False)
     dataset = PennFudanDataset(prepare_data(preset), get_transform(train=False))
     images = [dataset[index][0] for index in range(30)]
     return alternating(
@@ -211,7 +214,7 @@ def epoch(device: torch.device) -> dict:
         test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         if name == "ours":
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for _ in range(2):

@@ -1,0 +1,59 @@
+"""The stored results of the benchmarks say what they were measured on, and add up."""
+
+import json
+
+import pytest
+
+from tests.benchmarks import RESULTS, provenance
+from tests.benchmarks.backbones import BUDGETS, TRUNKS
+from tests.benchmarks.speed import WORKS
+from tests.benchmarks.starter import SEEDS, summary
+from tools.notebooks import ROOT
+
+PROVENANCE = {"device", "threads", "torch", "torchvision", "python", "date"}
+
+
+def stored(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["starter", "backbones", "speed"])
+def test_every_row_says_what_it_was_measured_on(name):
+    rows = stored(name)["rows"]
+    assert rows
+    for row in rows:
+        assert PROVENANCE <= row.keys()
+        assert str(ROOT) not in json.dumps(row)
+
+
+def test_ratios_are_those_of_the_seconds():
+    rows = {row["work"]: row for row in stored("speed")["rows"]}
+    assert rows.keys() <= WORKS.keys()
+    assert {"sample_from_disk", "sample_from_cache", "train_step_cpu", "inference_cpu", "evaluator_50"} <= rows.keys()
+    for row in rows.values():
+        assert row["ratio"] == round(row["classic"] / row["ours"], 2)
+
+
+def test_every_backbone_is_measured_at_the_same_budget():
+    rows = stored("backbones")["rows"]
+    measured = {"parameters", "train_images_per_second", "inference_images_per_second", "memory", "box_AP"}
+    for name in {row["preset"] for row in rows}:
+        of_preset = [row for row in rows if row["preset"] == name]
+        assert [row["backbone"] for row in of_preset] == list(TRUNKS)
+        for row in of_preset:
+            assert measured <= row.keys() and 0 <= row["box_AP"] <= 1
+            assert vars(BUDGETS[name]).items() <= row.items()
+
+
+def test_means_and_spreads_are_those_of_the_rows():
+    results = stored("starter")
+    assert results["summary"] == summary(results["rows"])
+    for name, seeds in SEEDS.items():
+        found = [row["seed"] for row in results["rows"] if row["preset"] == name and row["weights"] == "DEFAULT"]
+        assert found == list(seeds)
+
+
+def test_provenance_is_of_this_machine():
+    import torch
+
+    assert provenance(torch.device("cpu"))["torch"] == torch.__version__
