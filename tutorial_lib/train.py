@@ -63,7 +63,8 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
 
     def loader(dataset: Dataset, training: bool) -> DataLoader:
         sampler = DistributedSampler(dataset, world, rank, shuffle=training, seed=seed, drop_last=training)
-        return DataLoader(dataset, preset.batch_size, sampler=sampler, drop_last=training, collate_fn=collate_fn)
+        options = {"drop_last": training, "collate_fn": collate_fn, "pin_memory": device.type == "cuda"}
+        return DataLoader(dataset, preset.batch_size, sampler=sampler, **options)
 
     augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
     plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)

@@ -33,8 +33,8 @@
 #
 # | preset | compared with | trunks start from | time |
 # |---|---|---|---|
-# | `quick` | `fasterrcnn_mini_fpn` | random weights | 2.1 min on 2 CPU cores |
-# | `laptop` | the same | random weights | @L3@ on 2 CPU cores |
+# | `quick` | `fasterrcnn_mini_fpn` | random weights | @QUICK@ on 2 CPU cores |
+# | `laptop` | the same | random weights | @LAPTOP@ on 2 CPU cores |
 # | `full` | `fasterrcnn_resnet50_fpn` | ImageNet weights | not measured yet: it needs a CUDA card |
 
 # %% [markdown]

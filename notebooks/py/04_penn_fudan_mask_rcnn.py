@@ -31,8 +31,8 @@
 #
 # | preset | model | epochs | time |
 # |---|---|---|---|
-# | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 1.5 min on 2 CPU cores |
-# | `laptop` | the same, 256 pixels | 12 | 7.9 min on 2 CPU cores |
+# | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | @QUICK@ on 2 CPU cores |
+# | `laptop` | the same, 208 to 320 pixels | 24 | @LAPTOP@ on 2 CPU cores |
 # | `full` | `maskrcnn_resnet50_fpn`, 44.4 M parameters, 800 pixels | 10 | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
@@ -371,7 +371,7 @@ assert finetuned.box.AP50 > 0.4
 # %% [markdown]
 # The [tutorial on Colab](https://colab.research.google.com/github/pytorch/vision/blob/temp-tutorial/tutorials/torchvision_finetuning_instance_segmentation.ipynb)
 # is where the third row can be seen. A run at `laptop` is no rival to them: its model has an
-# eighteenth of the parameters, sees a third of the pixels in each direction, and has not seen
+# eighteenth of the parameters, sees two fifths of the pixels in each direction, and has not seen
 # COCO. A run at `quick` is on drawn scenes and cannot be compared at all.
 #
 # ## Look at the masks

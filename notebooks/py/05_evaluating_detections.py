@@ -319,15 +319,7 @@ assert limits == {0.5: 13, 0.75: 5, 0.95: 1}
 
 # %%
 from torch.utils.data import DataLoader
-from torchvision.models import get_model
 
-from tutorial_lib.engine import (
-    evaluate,
-    train_one_epoch,
-    use_bfloat16,
-    warmup_cosine,
-)
-from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
 from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
 from tutorial_lib.transforms import get_transform
 
@@ -338,6 +330,21 @@ _, val_set, test_set = split_dataset(plain, preset.split, seed=0)
 loader_options = {"batch_size": preset.batch_size, "collate_fn": collate_fn}
 val_loader = DataLoader(val_set, **loader_options)
 test_loader = DataLoader(test_set, **loader_options)
+
+# %% [markdown]
+# The training of one seed:
+
+
+# %%
+from torchvision.models import get_model
+
+from tutorial_lib.engine import (
+    evaluate,
+    train_one_epoch,
+    use_bfloat16,
+    warmup_cosine,
+)
+from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
 
 
 def finetuned(seed):
@@ -411,7 +418,7 @@ def precision_recall(matches, threshold):
     return right / max(kept.sum(), 1), right / matches.num_objects.sum()
 
 
-matches = evaluate(model, val_loader, device).box.matches[1]
+matches = evaluate(model, val_loader, device, progress=False).box.matches[1]
 candidates = np.linspace(0.05, 0.95, 91)
 points = np.array([precision_recall(matches, t) for t in candidates])
 f1 = 2 * points.prod(axis=1) / np.maximum(points.sum(axis=1), 1e-9)
@@ -651,7 +658,8 @@ assert abs(counted.AR - 2 / 3) < 1e-9
 # - `evaluate` takes any module that maps a list of images to a list of dicts with `boxes`, `labels`,
 #   `scores`, and `masks` if it has them. Its numbers equal pycocotools' to 1e-9 on the 210 random cases of the tests.
 # - It never encodes a mask, and compares torchvision's 28 × 28 masks inside their boxes, without pasting them
-#   to full size. @SPEED@
+#   to full size. What that saves is in the table of notebook [07](07_making_it_fast.ipynb), in the rows `evaluator_50` and
+#   `evaluator_1000`: so many images, with 100 detections each.
 # - The evaluator of many tutorials, from torchvision's
 #   [reference scripts](https://github.com/pytorch/vision/blob/main/references/detection/coco_utils.py), first reads the whole
 #   data set once more to build its ground truth, and takes a `Subset` for the data set that it was cut from. Ours looks at
