@@ -21,7 +21,7 @@
 # %% [markdown]
 # ## What you'll do
 #
-# - take the convolutional part of MobileNetV2 and read off what a detector must know of it;
+# - take the convolutional part of MobileNetV2, its *trunk*, and read off what a detector must know of it;
 # - give it anchors and RoIAlign, and learn why the tuples nest and `"0"` is a string;
 # - make each of the usual mistakes once, on purpose, to know its message;
 # - **train** the result, and measure it beside the default backbone: parameters, speed, AP;
@@ -140,7 +140,7 @@ print(anchor_generator.num_anchors_per_location())
 # what makes them tuples. An FPN gives five maps and gets `((32,), (64,), (128,), (256,), (512,))`: as
 # many sizes, but each on the map whose places are of a fitting size.
 #
-# Here are those of the 15 at one place that reach into the picture, on an image as the model sees it:
+# Here are the 15 of one place, on an image as the model sees it; the outlines of the largest lie outside the picture:
 
 # %%
 import matplotlib.pyplot as plt
@@ -231,7 +231,7 @@ def mobilenet_v2_detector(num_classes, trunk_weights=None, **kwargs):
 # ## When the parts do not fit
 #
 # Each of these mistakes is made on purpose. All four models can be built, and fail
-# only when the first image comes through; this function sends one:
+# only when the first image comes through; this function sends one. Without a mistake it prints `works`:
 
 
 # %%
@@ -297,8 +297,9 @@ attempt(names=(0,))
 # with noise. So we train it, beside the default, with the **same budget**: the same images, epochs,
 # image size, batch, optimizer and seed, and trunks that start alike, from ImageNet weights
 # at `full` and from random weights elsewhere. (The package holds no ImageNet weights, and the
-# starter weights of notebook 02 would give one side a head start.) At `full` two things still
-# differ: torchvision freezes the first layers and all BatchNorm of the default's backbone.
+# starter weights of notebook 02 would give one side a head start.) Some things still differ. At `quick` and `laptop` the small
+# model keeps its own anchors (16 to 256 pixels), a narrower box head and fewer training proposals. At `full`, torchvision freezes the
+# first layers and all BatchNorm of the default's backbone, and the trunks' weights are of different recipes (`IMAGENET1K_V2` and `V1`).
 
 # %%
 from torch.utils.data import DataLoader
@@ -323,7 +324,7 @@ test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 from torchvision.models import get_model
 
 same = {"min_size": preset.min_size, "max_size": preset.max_size}
-# Fewer proposals for a CPU; the defaults are 512 and 1000 an image.
+# Fewer proposals for a CPU; torchvision's defaults are 512 and 1000 an image.
 if preset.name != "full":
     same |= {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_test": 150}
 torch.manual_seed(SEED)
@@ -443,7 +444,7 @@ for name, model in models.items():
 # Most parameters of the swap are not in MobileNetV2, which has 2.2 M, but in the box head on top:
 # its first layer takes 1280 × 7 × 7 values to 1024. An FPN brings the channels down first (to 256
 # in torchvision, to 96 in the small model), which is one of its merits. The other is
-# resolution: one place for 32 × 32 pixels is coarse for people who are 20 pixels wide.
+# resolution: one place for 32 × 32 pixels is coarse for people who are two or three places wide, as at `quick`.
 
 # %%
 head = models["MobileNetV2"].roi_heads.box_head
@@ -470,7 +471,7 @@ show([*images, *images], drawn, titles)
 plt.show()
 
 # %% [markdown]
-# ## A feature pyramid under any trunk
+# ## A feature pyramid on any trunk
 #
 # The default has two advantages that are no merit of its trunk: a pyramid (FPN), with fewer channels and finer maps. So
 # give MobileNetV2 one. It needs the trunk's last features at each of four resolutions, and
@@ -575,7 +576,7 @@ if not rows:
 print(len({(row["preset"], row["device"]) for row in rows}), "sets of measurements")
 
 # %% [markdown]
-# `memory` is the peak of training: on a CPU that of the whole process, PyTorch's libraries included, on a
+# `MiB` is the peak memory of training: on a CPU that of the whole process, PyTorch's libraries included, on a
 # card that of the tensors. Compare rows of the same preset and device alone:
 
 # %%
@@ -585,13 +586,14 @@ for row in rows:
 for (preset_name, name_of_device), members in groups.items():
     first = members[0]
     print(
-        f"\n{preset_name}, {name_of_device}, {first['images_trained_on']} images of "
+        f"\n{preset_name}, {name_of_device}, {first['epochs']} epochs of "
+        f"{first['images_trained_on'] // first['epochs']} images, "
         f"{first['min_size']} px, batch {first['batch_size']}, {first['date']}"
     )
-    print(f"{'':23} weights   M param.  MiB  train/s  test/s    AP  AP50")
+    print(f"{'':23} weights        M param.  MiB  train/s  test/s    AP  AP50")
     for row in members:
         print(
-            f"{row['backbone']:23} {row['weights'][:9]:9} {row['parameters'] / 1e6:8.1f}"
+            f"{row['backbone']:23} {row['weights']:14} {row['parameters'] / 1e6:8.1f}"
             f" {row['memory']:5} {row['train_images_per_second']:7.1f}"
             f" {row['inference_images_per_second']:7.1f} {row['box_AP']:6.3f} {row['box_AP50']:5.3f}"
         )
@@ -628,8 +630,8 @@ if groups:
     plt.show()
 
 # %% [markdown]
-# The area of a disc grows with the number of parameters. Where `weights` says `random`, no pre-trained trunk could be
-# had, and that has its price: AP then says how far a backbone comes from nothing, with these few images. In
+# The area of a disc grows with the number of parameters. At `quick` and `laptop` all trunks start from
+# random weights (at `full` only where theirs could not be fetched), and that has its price: AP then says how far a backbone comes from nothing, with these few images. In
 # [Rethinking ImageNet pre-training](https://arxiv.org/abs/1811.08883) random weights catch up on all of COCO with a
 # longer training, and stay far behind with 1000 images. In these rows:
 
@@ -689,8 +691,9 @@ def best_anchor_ious(
 
 
 # %% [markdown]
-# On a toy, by hand: one place for 32 × 32 pixels, anchors of 32 × 32 on the corners (0, 0), (0, 32) …, and a
-# box that lies right between four of them. It shares a quarter of its area with each, 256 / (1024 + 1024 - 256):
+# On a toy, by hand: one place for 32 × 32 pixels, anchors of 32 × 32 centred on (0, 0), (0, 32) …, and a
+# box that lies right between four of them. It shares a quarter of its area with each, 256 pixels, so the IoU is
+# 256 / (1024 + 1024 - 256):
 
 # %%
 toy_anchors = AnchorGenerator(sizes=((32,),), aspect_ratios=((1.0,),))
@@ -705,7 +708,8 @@ assert torch.isclose(
 
 # %% [markdown]
 # Now three layouts: the one map of above, the FPN's default, and one fitted to the boxes of the **training**
-# images, as the model sees them. An anchor of size $s$ and ratio $r$ has the area $s^2$ and the height / width
+# images, as the model sees them in evaluation. (The default is torchvision's, 32 to 512 pixels, made for images of 800; the small
+# model's own anchors are half as large.) An anchor of size $s$ and ratio $r$ has the area $s^2$ and the height / width
 # $r$. So the sizes of the fitted layout are five quantiles of $\sqrt{\text{width} \cdot \text{height}}$, one for each map, and its
 # ratios three quantiles of height / width; there are as many anchors as in the default:
 
@@ -780,7 +784,7 @@ print(f"{'':12}{'mean IoU':>9}{'≥ 0.5':>8}{'≥ 0.7':>8}")
 for name, fit in fits.items():
     reached = [(fit >= t).float().mean() for t in (0.5, 0.7)]
     print(f"{name:12}{fit.mean():9.3f}{reached[0]:8.0%}{reached[1]:8.0%}")
-assert fits["fitted"].mean() > 1.1 * max(fits[n].mean() for n in list(fits)[:2])
+assert fits["fitted"].mean() > max(fits[n].mean() for n in list(fits)[:2])
 
 # %% [markdown]
 # The one map and the FPN's default have anchors of the *same* shapes, and differ in where they stand: every
@@ -791,13 +795,14 @@ assert fits["fitted"].mean() > 1.1 * max(fits[n].mean() for n in list(fits)[:2])
 # %% tags=["nbval-ignore-output"]
 smallest = (width * height).argmin()
 print(f"the smallest box: {width[smallest]:.0f} × {height[smallest]:.0f} pixels")
-assert fits["fitted"][smallest] < fits["FPN default"][smallest]
+if preset.name != "full":  # where people are hundreds of pixels high
+    assert fits["fitted"][smallest] < fits["FPN default"][smallest]
 
 # %% [markdown]
 # ## What the RPN makes of it
 #
 # Does a better layout let the RPN find more? Three RPNs, one for each layout, are trained on the
-# same features, those of a trained detector, frozen, so that nothing but the anchors differs. The one
+# same features, those of a trained detector, frozen, so that only the layout differs: the anchors, and the maps that they stand on. The one
 # map is the pyramid's map of stride 32, where MobileNetV2's features stood:
 
 # %%
@@ -884,17 +889,18 @@ for name, (few, many) in recall.items():
     assert few <= many
 
 # %% [markdown]
-# These are one run's numbers, on the people of a few images. The box head cannot find whom no proposal covers, so the
-# right column is the ceiling of the detector's recall at IoU 0.5. The left one shows that close anchors are no promise:
-# they still have to be told from the rest, and the fitted layout asks that of the finest maps too, whose features see the
-# least of what is around them, and were trained for smaller boxes.
+# These are one run's numbers, on the people of a few images. The box head can move a proposal, but not far: whom none of
+# the proposals comes near to is lost. So the right column says roughly how many people the second stage has a chance to find.
+# Compare the left one with the fit of the anchors above: a better fit need not give better proposals, since the anchors
+# still have to be told from the rest. One possible reason is that the fitted layout puts large anchors on the finest
+# maps, whose features see the least of what is around them.
 #
 # ## BatchNorm: trainable or frozen?
 #
-# The remaining questions are asked of the small detector with its starter weights, at every preset, each by two short
-# trainings. BatchNorm first. In training it normalises with the statistics of the *batch*, so what the
+# The remaining questions are asked of the small detector with its starter weights, at every preset, by short
+# trainings where training is needed. BatchNorm first. In training it normalises with the statistics of the *batch*, so what the
 # network sees in one image depends on the images beside it. `FrozenBatchNorm2d` always uses the
-# statistics that it was given. This cell puts it in place of every `BatchNorm2d`:
+# statistics that it was given, and its scale and shift are fixed, too. This cell puts it in place of every `BatchNorm2d`:
 
 # %% tags=["copy-me"]
 from torch import nn
@@ -905,7 +911,7 @@ def freeze_batch_norm(module):
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
-            frozen.load_state_dict(child.state_dict())
+            frozen.to(child.weight.device).load_state_dict(child.state_dict())
             setattr(module, name, frozen)
         else:
             freeze_batch_norm(child)
@@ -929,9 +935,9 @@ def starter():
     return replace_box_predictor(model, 2).to(device)
 
 
-two = torch.rand(2, 3, 128, 128, device=device)
+two = torch.rand(2, 3, 128, 128)
 for frozen in (False, True):
-    backbone = starter().backbone.train()
+    backbone = starter().backbone.cpu().train()
     if frozen:
         freeze_batch_norm(backbone)
     with torch.no_grad():
@@ -1024,7 +1030,7 @@ for trainable in (6, 0):
 # %% [markdown]
 # The fewer layers are trained, the fewer a step has to go back through. What that costs or gains in AP
 # depends on how near the trunk's first training was to your images: these starter weights come from drawn scenes. (BatchNorm's
-# statistics go on moving in frozen blocks of this trunk; torchvision's own trunks have frozen those already.)
+# statistics go on moving in frozen blocks of this trunk; torchvision's pre-trained ResNet-50 trunk has frozen those already.)
 #
 # ## `min_size` and `max_size`
 #
@@ -1060,8 +1066,8 @@ for size in sizes:
     print(f"{size:8}{speed:10.1f}{box.AP:8.3f}{fit.mean():17.3f}")
 
 # %% [markdown]
-# Twice the side is four times the pixels, and people twice as large for anchors and weights that were made
-# for one size. With as few validation images, a few hundredths of AP are chance (notebook 05 says how
+# Twice the side is four times the pixels. The anchors hardly mind: their sizes double from map to map, so people twice as
+# large meet those of the next map. The weights may mind, since this detector was finetuned at one size. With as few validation images, a few hundredths of AP are chance (notebook 05 says how
 # to tell): choose a size on more images, and train at the one you choose.
 
 # %% tags=["results", "nbval-ignore-output"]
@@ -1081,7 +1087,7 @@ for size in sizes:
 # %% [markdown]
 # ## On your own
 #
-# 1. Put the FPN under `swin_t`, and look at `feature_nodes` of it. What is the `True` in each entry?
+# 1. Put the FPN on `swin_t`, and look at `feature_nodes` of it. What is the `True` in each entry?
 #    <details><summary>Hint</summary><code>from tutorial_lib.models import feature_nodes</code>; Swin's features are [N, H, W, C], and a convolution wants the channels second.</details>
 # 2. Give the fitted layout two sizes on each map. How far does the mean of the best IoUs rise, and at how many
 #    more anchors?
@@ -1092,8 +1098,8 @@ for size in sizes:
 # %% [markdown]
 # ## In practice
 #
-# - From ImageNet weights and with 2 to 4 images a batch, torchvision freezes BatchNorm in its own detectors:
-#   `mobilenet_v2(weights="DEFAULT", norm_layer=FrozenBatchNorm2d)`. From random weights it must stay trainable.
+# - With pre-trained weights, torchvision's first detectors (not those named `_v2`) freeze BatchNorm, since batches are small. For
+#   MobileNetV2 that is `mobilenet_v2(weights="DEFAULT", norm_layer=FrozenBatchNorm2d)`. From random weights it must stay trainable.
 # - Speed has to be measured where you will run: fewer parameters are not always faster.
 # - AP after a short training from random weights compares how fast two detectors *start*. With
 #   pre-trained trunks and a full training the order can change.
