@@ -187,8 +187,8 @@ print(zero_shot)
 # precision-recall curve, averaged over how exactly a box has to fit: an IoU of at least 0.50,
 # 0.55 … 0.95. IoU, *intersection over union*, is the area that two boxes share divided by the
 # area that they cover together. AP50 asks for an IoU of 0.5 only, AP75 for 0.75. AR is the recall with up to
-# 100 detections an image, averaged over the same thresholds. All are between 0 and 1; "no such
-# objects" means there was nothing to measure on.
+# 100 detections an image, averaged over the same thresholds; AR1 and AR10 allow 1 and 10. Small is an area under
+# 32² pixels, large one over 96². All are between 0 and 1; "no such objects" means there was nothing to measure on.
 #
 # And how it looks, with the detections that score at least 0.5. The model also draws
 # boxes around what else it knows:
