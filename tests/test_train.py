@@ -22,7 +22,7 @@ def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
     return subprocess.run(
         [sys.executable, *launcher, *command],
         cwd=REPOSITORY,

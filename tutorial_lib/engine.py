@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from timeit import timeit
 from types import MethodType
 from typing import Any
 
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -45,8 +45,8 @@ def pick_num_threads(work: Callable[[], Any], repeats: int = 3) -> dict[int, flo
     More are not always faster: beside another program that computes, threads wait for each other at every layer.
 
     Args:
-        work: what is to be fast, such as one training step. It is called ``2 * repeats`` times or so for each of
-            1, 2, 4 … threads, up to the number that is set now.
+        work: what is to be fast, such as one training step. It is called ``repeats + 1`` times for each of
+            1, 2, 4 … threads, up to the number that is set now; the first call does not count.
 
     Returns:
         The mean seconds of the work by number of threads; the fastest number is set.
@@ -55,8 +55,11 @@ def pick_num_threads(work: Callable[[], Any], repeats: int = 3) -> dict[int, flo
     """
     most = torch.get_num_threads()
     numbers = sorted({1, most} | {2**k for k in range(most.bit_length()) if 2**k <= most})
-    timers = {number: Timer("work()", globals={"work": work}, num_threads=number) for number in numbers}
-    seconds = {number: timer.timeit(repeats).mean for number, timer in timers.items()}
+    seconds = {}
+    for number in numbers:
+        torch.set_num_threads(number)
+        work()
+        seconds[number] = timeit(work, number=repeats) / repeats
     torch.set_num_threads(min(seconds, key=seconds.__getitem__))
     return seconds
 

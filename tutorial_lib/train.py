@@ -1,11 +1,12 @@
-"""Notebook 04's run as a script, in one process or in several of PyTorch's own launcher.
+"""Notebook 04's run as a script, in one process or in several of PyTorch's own launcher, on one machine.
 
     python -m tutorial_lib.train --out runs/first
-    python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train --out runs/first
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/first
 
-Each process takes its own images, and the gradients are averaged, so two processes make steps of twice the batch size.
-The epoch is chosen on the validation images, and the test images are read once, at the end. The folder then holds
-``best.pt`` (:func:`tutorial_lib.engine.load_checkpoint`) and ``results.json``.
+Each process takes its own images, and the gradients are averaged, so two processes make half as many steps, of twice
+the batch size; the learning rate is not changed for it. (On Windows, set ``USE_LIBUV=0`` first.) The epoch is chosen
+on the validation images, and the test images are read once, at the end. The folder then holds ``best.pt``
+(:func:`tutorial_lib.engine.load_checkpoint`) and ``results.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -80,6 +82,10 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
     steps = len(train_loader)
+    if not steps:
+        raise ValueError(
+            f"{preset.split[0]} images are too few for {world} processes with batches of {preset.batch_size}"
+        )
     schedule = warmup_cosine(optimizer, steps, epochs * steps)
     best, seconds = {"epoch": 0, "validation_mask_AP": -1.0}, 0.0
     for epoch in range(1, epochs + 1):
@@ -87,7 +93,7 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
         begun = time.perf_counter()
         losses = train_one_epoch(wrapped, optimizer, train_loader, device, lr_scheduler=schedule, progress=rank == 0)
         seconds += time.perf_counter() - begun
-        if world > 1:  # BatchNorm's statistics are each process's own during an epoch
+        if world > 1:  # DDP copies the first process's BatchNorm statistics before a step, but not after the last
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         mask_ap = evaluate(model, val_loader, device, progress=False).mask.AP
@@ -96,7 +102,9 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
             if rank == 0:
                 save_checkpoint(out / "best.pt", model=model, epoch=epoch, preset=preset.name)
         if rank == 0:
-            print(f"epoch {epoch}/{epochs}  loss {losses['loss']:.3f}  validation mask AP {mask_ap:.3f}", flush=True)
+            print(
+                f"epoch {epoch}/{epochs}  loss here {losses['loss']:.3f}  validation mask AP {mask_ap:.3f}", flush=True
+            )
     if world > 1:
         dist.barrier()
     model.load_state_dict(load_checkpoint(out / "best.pt")["model"])
@@ -118,13 +126,19 @@ if __name__ == "__main__":
     parser.add_argument("--learning-rate", type=float, help="else the preset's")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.epochs is not None and arguments.epochs < 1:
+        parser.error(f"--epochs {arguments.epochs}: at least one is needed")
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device()
     if device.type == "cuda":
+        if world > torch.cuda.device_count():
+            parser.error(f"{torch.cuda.device_count()} card(s) for {world} processes; CUDA_VISIBLE_DEVICES= for CPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    elif world > 1:
+        device = torch.device("cpu")  # gloo has no MPS
+    if world > 1:  # an hour for the first process's downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     preset = choose_preset(arguments.preset)
     epochs = arguments.epochs or preset.long_epochs
     learning_rate = arguments.learning_rate or preset.learning_rate

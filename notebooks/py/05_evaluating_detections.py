@@ -100,7 +100,7 @@ covered = 40 * 80 + 40 * 80 - shared
 print(f"{shared} / {covered} = {shared / covered:.3f}")
 
 # %% [markdown]
-# A shift by a quarter of the width and a quarter of the height leaves less than half of an IoU.
+# A shift by a quarter of the width and a quarter of the height leaves an IoU under 0.5.
 # torchvision's function takes all pairs of two sets of boxes at once:
 
 # %%
@@ -303,7 +303,7 @@ show(
 plt.show()
 
 # %% [markdown]
-# AP50 forgives a third of the person's width: enough to count people. AP75 forgives a seventh, and
+# AP50 forgives a third of the person's width: enough to count people. AP75 a seventh (5.7 pixels, so 5 whole ones), and
 # 0.95, the strictest of the ten thresholds, one pixel. AP, the mean over all ten, therefore rises when
 # boxes become tighter, even if not one person more is found.
 
@@ -315,7 +315,8 @@ assert limits == {0.5: 13, 0.75: 5, 0.95: 1}
 # ## A model to evaluate, three times
 #
 # As in notebook 04, shorter: 4 epochs from the preset's weights. Everything is the same three
-# times but the seed, which decides the new predictors' first weights and the order of the images.
+# times but the seed, which decides the new predictors' first weights, the order of the images, their augmentation and which
+# proposals are trained on.
 
 # %%
 from torch.utils.data import DataLoader
@@ -329,7 +330,7 @@ train_set, _, _ = split_dataset(augmented, preset.split, seed=0)
 _, val_set, test_set = split_dataset(plain, preset.split, seed=0)
 loader_options = {"batch_size": preset.batch_size, "collate_fn": collate_fn}
 val_loader = DataLoader(val_set, **loader_options)
-test_loader = DataLoader(test_set, **loader_options)
+test_loader = DataLoader(test_set, collate_fn=collate_fn)  # one by one, as picture() does
 
 # %% [markdown]
 # The training of one seed:
@@ -363,7 +364,7 @@ def finetuned(seed):
 
 # %% [markdown]
 # No epoch is chosen here, so the validation images are free for another choice, that of a score threshold.
-# The test images are read once for each model:
+# The test images are evaluated once for each model; what follows looks at those results, and chooses nothing by them:
 
 # %% tags=["nbval-ignore-output"]
 models = [finetuned(seed) for seed in SEEDS]
@@ -399,8 +400,9 @@ plt.show()
 assert np.isclose(result.mask.precision[0].mean(), result.mask.AP50)
 
 # %% [markdown]
-# A curve that ends before recall 1 says that some people are found at no score at all. One that is low at the left has
-# mistakes among its surest detections. A stricter IoU asks both for tighter masks.
+# A curve that drops to 0 before recall 1 says that some people are found at no score over 0.05, the model's own threshold. One
+# that is low at the left has mistakes among its surest detections. At a stricter IoU a mask has to fit better to count, so the
+# whole curve is lower.
 #
 # ## The score threshold is yours to choose
 #
@@ -442,7 +444,8 @@ print(f"score at least {best:.2f}: precision {precision:.2f}, recall {recall:.2f
 # ## Errors, sorted by cause
 #
 # Every detection above the threshold is right, or wrong for one reason; every person is found or
-# missed. The causes are those of [TIDE](https://arxiv.org/abs/2008.08115), for one class, with boxes first:
+# missed. The causes follow [TIDE](https://arxiv.org/abs/2008.08115), for one class, with two changes: *poor mask* is
+# added, and everybody without a match is *missed* (TIDE leaves out those near a poorly placed box).
 #
 # | cause | box IoU with a person |
 # |---|---|
@@ -497,7 +500,7 @@ assert num_found + len(missed) == num_people
 # %% [markdown]
 # One of each, the surest of its kind: blue is the detection, orange the person it should fit.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import predict
 
 
@@ -574,7 +577,7 @@ for kind in ("box", "mask"):
     print(f"{kind} AP {mean:.3f} ± {spread:.3f} over {len(values)} seeds")
 
 # %% [markdown]
-# And the **test images**: another 50 photographs of the same streets would give another AP. The
+# And the **test images**: other photographs of the same streets (at `quick`, other scenes) would give another AP. The
 # bootstrap draws as many images from the test images, with replacement, a thousand times, and
 # looks at how far AP moves. No image is predicted again:
 
@@ -591,8 +594,9 @@ for kind in ("box", "mask"):
 assert intervals["box"][0] < intervals["box"][1]
 
 # %% [markdown]
-# A gain smaller than the interval's half width may be chance, if it was measured on these images; two models compared on the
-# same images vary together, so bootstrap their difference, image by image, before you give up.
+# A gain smaller than half the interval may be chance. But two models tested on the same images do well or badly on the same
+# ones, so their difference varies less than either AP: draw the images once for both, and look at the interval of the difference
+# (exercise 3).
 #
 # ## Three classic mistakes
 #
@@ -605,7 +609,7 @@ model.roi_heads.score_thresh = 0.5
 cut = evaluate(model, test_loader, device)
 model.roi_heads.score_thresh = score_threshold
 print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 alone {cut.mask.AP:.3f}")
-assert cut.mask.AP <= result.mask.AP + 1e-9
+assert cut.mask.AP <= result.mask.AP + 1e-3
 
 # %% [markdown]
 # **Choosing on the test images**: the epoch, the threshold, the learning rate. Of the three seeds above, the
@@ -650,7 +654,7 @@ assert abs(counted.AR - 2 / 3) < 1e-9
 # 2. A false alarm costs you ten times what a missed person costs. Which threshold do you choose?
 #    <details><summary>Hint</summary>Minimise 10 × false alarms + misses over <code>candidates</code>, on the validation images.</details>
 # 3. Bootstrap the *difference* of two seeds' AP, drawing the same images for both.
-#    <details><summary>Hint</summary>Call <code>bootstrap_interval</code>'s loop with one generator for both; it is 20 lines in <code>tutorial_lib/coco_eval.py</code>.</details>
+#    <details><summary>Hint</summary>Copy the loop of <code>bootstrap_interval</code> from <code>tutorial_lib/coco_eval.py</code>, and compute both APs from the same <code>times</code>.</details>
 
 # %% [markdown]
 # ## In practice

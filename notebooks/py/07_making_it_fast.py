@@ -25,7 +25,7 @@
 # - look into one training step with PyTorch's profiler;
 # - keep decoded images, choose the number of threads, compute in bfloat16, and measure what each is worth;
 # - paste only the masks that somebody looks at;
-# - add it all up, beside a table that was measured on whole epochs.
+# - add it all up, beside a table that was measured with more patience.
 #
 # **You need** notebook [04](04_penn_fudan_mask_rcnn.ipynb), whose loop this one explains.
 #
@@ -87,8 +87,8 @@ import time
 
 
 def now():
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -124,6 +124,7 @@ from tutorial_lib.engine import to_device
 model = build_model().train()
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 seconds = {"data": 0.0, "forward": 0.0, "backward": 0.0, "update": 0.0}
+model(*to_device(*next(iter(loader)), device))  # the first round is slower
 begun = now()
 for images, targets in loader:
     decoded = now()
@@ -181,7 +182,11 @@ with profile(activities=activities) as profiler:
     step(model, optimizer, batch)
 
 # %%
-events = profiler.key_averages()
+events = [  # of operations; on a card their kernels are listed, too
+    event
+    for event in profiler.key_averages()
+    if event.device_type == torch.autograd.DeviceType.CPU
+]
 kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
 largest = sorted(events, key=lambda event: -getattr(event, kind))[:8]
 figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
@@ -199,7 +204,7 @@ plt.show()
 
 # %%
 names = [event.key for event in largest]
-assert device.type == "cuda" or any("convolution" in name for name in names[:3])
+assert device.type != "cpu" or any("conv" in name for name in names)
 
 # %% [markdown]
 # ## Data: decode once
@@ -208,16 +213,24 @@ assert device.type == "cuda" or any("convolution" in name for name in names[:3])
 # has decoded, as uint8; conversion to float and augmentation still happen every time, since they
 # should differ from epoch to epoch.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 in_memory = PennFudanDataset(root, get_transform(train=True), in_memory=True)
 indices = range(8)
 per_sample = {}
 for name, dataset in {"from disk": from_disk, "in memory": in_memory}.items():
-    [dataset[index] for index in indices]
-    begun = now()
-    [dataset[index] for index in indices]
-    per_sample[name] = (now() - begun) / len(indices)
-    print(f"{name}: {1e3 * per_sample[name]:.1f} ms a sample")
+    rounds = []
+    for _ in range(4):
+        torch.manual_seed(SEED)
+        begun = now()
+        [dataset[index] for index in indices]
+        rounds.append((now() - begun) / len(indices))
+    per_sample[name] = min(rounds[1:])
+figure, axes = plt.subplots(figsize=(6, 1.4), layout="constrained")
+bars = axes.barh(list(per_sample), [1e3 * value for value in per_sample.values()])
+axes.bar_label(bars, fmt="%.1f", padding=3)
+axes.set(xlabel="milliseconds a sample")
+axes.invert_yaxis()
+plt.show()
 assert per_sample["in memory"] < per_sample["from disk"]
 
 # %% [markdown]
@@ -254,7 +267,7 @@ changed = use_bfloat16(fast_model, device)
 models = {"float32": (model, optimizer)}
 models["bfloat16"] = (
     fast_model,
-    torch.optim.AdamW(fast_model.parameters(), lr=1e-4, fused=True),
+    torch.optim.SGD(fast_model.parameters(), lr=1e-4, momentum=0.9),
 )
 step_times = {name: [] for name in models}
 for _ in range(5):
@@ -263,11 +276,12 @@ for _ in range(5):
         step(*pair, batch)
         step_times[name].append(now() - begun)
 per_step = {name: statistics.median(times[1:]) for name, times in step_times.items()}
-print("this processor is", "faster in bfloat16" if changed else "not: same work twice")
+print("bfloat16" if changed else "no fast bfloat16 here: the same work twice")
 print({name: f"{value:.2f} s a step" for name, value in per_step.items()})
 
 # %% [markdown]
-# What does it cost? The losses of the same batch, from the same weights and the same random proposals:
+# What does it cost? The losses of the same batch, from the same weights and the same seed (with rounded scores,
+# other proposals may be drawn):
 
 # %% tags=["nbval-ignore-output"]
 exact, rounded = build_model().train(), build_model().train()
@@ -279,10 +293,10 @@ for name, candidate in {"float32": exact, "bfloat16": rounded}.items():
         losses = candidate(*to_device(*batch, device))
     compared[name] = sum(losses.values()).item()
     print(f"{name}: loss {compared[name]:.4f}")
-assert abs(compared["bfloat16"] / compared["float32"] - 1) < 0.05
+assert abs(compared["bfloat16"] / compared["float32"] - 1) < 0.1
 
 # %% [markdown]
-# The difference is smaller than that between two seeds. Whether AP suffers is a question for whole trainings and several
+# Where the device has bfloat16 the two differ in some digit, and elsewhere they are the same. Whether AP suffers is a question for whole trainings and several
 # seeds; the spread that notebook 05 found is the yardstick.
 #
 # ## Inference: masks of what somebody looks at
@@ -292,12 +306,14 @@ assert abs(compared["bfloat16"] / compared["float32"] - 1) < 0.05
 # evaluation needs. `predict` raises it to the one asked for while it predicts, so the mask branch sees fewer boxes. What is above the
 # threshold is the same:
 
-# %% tags=["nbval-ignore-output"]
+# %%
 from tutorial_lib.engine import predict
 
 plain = PennFudanDataset(root, get_transform(train=False))
 picture = plain[0][0].to(device)
-pretrained = get_model(preset.mask_rcnn, weights=preset.weights).to(device).eval()
+sizes = {"min_size": preset.min_size[-1], "max_size": preset.max_size}
+pretrained = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
+pretrained.to(device).eval()
 inference_times = {"all masks": [], "masks over 0.5": []}
 for _ in range(5):
     begun = now()
@@ -309,9 +325,12 @@ for _ in range(5):
     inference_times["masks over 0.5"].append(now() - whole_done)
 keep = whole["scores"] >= 0.5
 torch.testing.assert_close(whole["masks"][keep].cpu(), cut["masks"], rtol=0, atol=1e-3)
-print(f"{len(keep)} detections, {keep.sum()} of them with a score of at least 0.5")
-for name, times in inference_times.items():
-    print(f"{name}: {1e3 * statistics.median(times[1:]):.0f} ms")
+medians = {k: 1e3 * statistics.median(v[1:]) for k, v in inference_times.items()}
+figure, axes = plt.subplots(figsize=(6, 1.4), layout="constrained")
+axes.bar_label(axes.barh(list(medians), list(medians.values())), fmt="%.0f", padding=3)
+axes.set(xlabel=f"milliseconds; {keep.sum()} of {len(keep)} detections are over 0.5")
+axes.invert_yaxis()
+plt.show()
 
 # %% [markdown]
 # The same thought makes evaluation fast. `evaluate` compares the 28 × 28 masks inside their boxes, without pasting and without
@@ -320,7 +339,8 @@ for name, times in inference_times.items():
 # ## All together
 #
 # An epoch of a few batches, as it was and as it is now, one after the other: classic data and step, then the
-# library's `train_one_epoch` on samples in memory.
+# library's `train_one_epoch` on samples in memory. On a processor without bfloat16 and with small images there is little to gain
+# here, and chance may even turn the order.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import train_one_epoch
@@ -329,7 +349,7 @@ fast_set, _, _ = split_dataset(in_memory, preset.split, SEED)
 fast_few = Subset(fast_set, range(BATCHES * preset.batch_size))
 fast_loader = DataLoader(fast_few, preset.batch_size, collate_fn=collate_fn)
 [fast_few[index] for index in range(len(fast_few))]  # decoded once
-fast_optimizer = models["bfloat16"][1]
+fast_optimizer = torch.optim.AdamW(fast_model.parameters(), lr=1e-4, fused=True)
 begun = now()
 for batch in loader:
     step(model, optimizer, batch)
@@ -341,8 +361,8 @@ print({name: f"{value:.1f} s" for name, value in whole_epoch.items()})
 # %% [markdown]
 # ## Measured with patience
 #
-# A few batches give a noisy answer. The project's benchmark times each work many times, the classic way and
-# ours in turn, and `tests/benchmarks/results/speed.json` keeps what it found and on what.
+# A few batches give a noisy answer. The project's benchmark times samples, steps and predictions many times, the classic way and
+# ours in turn, and long works (an epoch, an evaluation) once, and `tests/benchmarks/results/speed.json` keeps what it found and on what.
 # In a clone, `python -m tests.benchmarks.speed` makes it anew; with a card, also the works on CUDA.
 
 # %%
@@ -353,10 +373,11 @@ results = Path("../tests/benchmarks/results/speed.json")
 rows = json.loads(results.read_text())["rows"] if results.exists() else []
 if not rows:
     print("the table is in the project's repository: clone it to see it here")
-print(f"{'work':24}{'classic':>10}{'ours':>10}{'ratio':>7}")
+print(f"{'work':24}{'preset':8}{'classic':>10}{'ours':>10}{'ratio':>7}")
 for row in rows:
     print(
-        f"{row['work']:24}{row['classic']:8.4f} s{row['ours']:8.4f} s{row['ratio']:7.1f}"
+        f"{row['work']:24}{row.get('preset', ''):8}{row['classic']:8.4f} s"
+        f"{row['ours']:8.4f} s{row['ratio']:7.2f}"
     )
 
 # %%
@@ -401,7 +422,7 @@ print(*sorted({f"{row['device']}, torch {row['torch']}" for row in rows}), sep="
 #   many proposals are left?), so this is one among many.
 # - Several processes with one thread each can be faster than one process with several threads, on a CPU too:
 #   `python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train` (notebook 04).
-# - A smaller `min_size` is the largest gain of all, and costs small objects (notebook 03).
+# - A smaller `min_size` often gains more than all of the above; notebook 03 measures what it costs in AP.
 # - The clock of a notebook's cell includes what PyTorch does once: choosing kernels, reserving memory. Leave the first
 #   round out.
 #

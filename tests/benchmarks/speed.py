@@ -246,7 +246,7 @@ def processes() -> dict:
             arguments = ["--preset", preset_at_hand(CPU).name, "--epochs", "2", "--out", out]
             subprocess.run(
                 [sys.executable, *launcher, "-m", "tutorial_lib.train", *arguments],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
