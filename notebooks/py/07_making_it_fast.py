@@ -382,8 +382,8 @@ for row in rows:
 
 # %% [markdown]
 # `sample_…` is one image with its target; `train_step_…` and `inference_…` are those of this notebook. `evaluator_N` is N
-# images with 100 detections each; `_pasted` gives both evaluators full-size masks. `channels_last_…` and `compile_…` put a single
-# change beside the plain step; where their ratio is under 1 they made it slower, and the library leaves them out.
+# images with 100 detections each; `_pasted` gives both evaluators full-size masks. `channels_last_…` puts a single
+# change beside the plain step; where its ratio is under 1 it made the step slower, and the library leaves it out.
 # `two_processes_cpu` is the training of `tutorial_lib.train`, in one process with two threads and in two with one thread each.
 
 # %%

@@ -162,10 +162,6 @@ def channels_last(model: torch.nn.Module, device: torch.device) -> None:
     model.to(memory_format=torch.channels_last)
 
 
-def compiled(model: torch.nn.Module, device: torch.device) -> None:
-    model.backbone.compile(dynamic=True)
-
-
 def train_step(device: torch.device, change: Callable = use_bfloat16) -> dict:
     """A training step on 12 batches that are in memory."""
     preset = preset_at_hand(device)
@@ -262,7 +258,6 @@ WORKS: dict[str, Callable[[], dict]] = {
     "inference_cpu": lambda: inference(CPU),
     "epoch_cpu": lambda: epoch(CPU),
     "channels_last_cpu": lambda: train_step(CPU, channels_last),
-    "compile_cpu": lambda: train_step(CPU, compiled),
     "two_processes_cpu": processes,
     "evaluator_50": lambda: evaluator(50, paste=True),
     "evaluator_1000": lambda: evaluator(1000, paste=True),
