@@ -326,7 +326,8 @@ from torchvision.models import get_model
 same = {"min_size": preset.min_size, "max_size": preset.max_size}
 # Fewer proposals for a CPU; torchvision's defaults are 512 and 1000 an image.
 if preset.name != "full":
-    same |= {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_test": 150}
+    per_image = 16 if preset.name == "quick" else 32
+    same |= {"box_batch_size_per_image": per_image, "rpn_post_nms_top_n_test": 150}
 torch.manual_seed(SEED)
 models = {
     "MobileNetV2": mobilenet_v2_detector(2, preset.trunk_weights, **same).to(device),
