@@ -17,7 +17,7 @@ def stored(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["starter", "backbones", "speed"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json")))
 def test_every_row_says_what_it_was_measured_on(name):
     rows = stored(name)["rows"]
     assert rows
@@ -45,8 +45,9 @@ def test_every_backbone_is_measured_at_the_same_budget():
             assert vars(BUDGETS[name]).items() <= row.items()
 
 
-def test_means_and_spreads_are_those_of_the_rows():
-    results = stored("starter")
+@pytest.mark.parametrize("name", [path.stem for path in RESULTS.glob("starter.json")])
+def test_means_and_spreads_are_those_of_the_rows(name):
+    results = stored(name)
     assert results["summary"] == summary(results["rows"])
     groups = {(row["preset"], row["weights"]) for row in results["rows"]}
     assert groups
