@@ -326,6 +326,11 @@ for _ in range(5):
     inference_times["masks over 0.5"].append(now() - whole_done)
 keep = whole["scores"] >= 0.5
 torch.testing.assert_close(whole["masks"][keep].cpu(), cut["masks"], rtol=0, atol=1e-3)
+
+# %% [markdown]
+# The medians of four:
+
+# %%
 medians = {k: 1e3 * statistics.median(v[1:]) for k, v in inference_times.items()}
 figure, axes = plt.subplots(figsize=(6, 1.4), layout="constrained")
 axes.bar_label(axes.barh(list(medians), list(medians.values())), fmt="%.0f", padding=3)
