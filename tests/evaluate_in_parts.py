@@ -20,7 +20,7 @@ from tutorial_lib.transforms import get_transform
 
 def starter() -> nn.Module:
     """Its predictions for an image are the same in every process, since images come one by one."""
-    return maskrcnn_mini_fpn(weights="DEFAULT", min_size=128)
+    return maskrcnn_mini_fpn(weights="DEFAULT")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import pytest
 from tests.benchmarks import RESULTS
 from tests.benchmarks.backbones import BUDGETS, TRUNKS
 from tests.benchmarks.speed import WORKS
-from tests.benchmarks.starter import SEEDS, summary
 from tools.notebooks import ROOT
 
 PROVENANCE = {"device", "threads", "torch", "torchvision", "python", "date"}
@@ -43,14 +42,3 @@ def test_every_backbone_is_measured_at_the_same_budget():
         for row in of_preset:
             assert measured <= row.keys() and 0 <= row["box_AP"] <= 1
             assert vars(BUDGETS[name]).items() <= row.items()
-
-
-@pytest.mark.parametrize("name", [path.stem for path in RESULTS.glob("starter.json")])
-def test_means_and_spreads_are_those_of_the_rows(name):
-    results = stored(name)
-    assert results["summary"] == summary(results["rows"])
-    groups = {(row["preset"], row["weights"]) for row in results["rows"]}
-    assert groups
-    for preset, weights in groups:
-        found = [row["seed"] for row in results["rows"] if (row["preset"], row["weights"]) == (preset, weights)]
-        assert found == list(SEEDS[preset])
