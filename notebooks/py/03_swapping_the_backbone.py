@@ -33,7 +33,7 @@
 #
 # | preset | compared with | trunks start from | time |
 # |---|---|---|---|
-# | `quick` | `fasterrcnn_mini_fpn` | random weights | 4 min on 2 CPU cores |
+# | `quick` | `fasterrcnn_mini_fpn` | random weights | 2.6 min on one CPU core |
 # | `laptop` | the same | random weights | 25 min on one CPU core |
 # | `full` | `fasterrcnn_resnet50_fpn` | ImageNet weights | not measured yet: it needs a CUDA card |
 

@@ -30,7 +30,7 @@
 #
 # | preset | what runs | time |
 # |---|---|---|
-# | `quick`, `laptop`, `full` | the same: an untrained small model on the CPU, and made-up images | 11 s on 2 CPU cores |
+# | `quick`, `laptop`, `full` | the same: an untrained small model on the CPU, and made-up images | 11 s on one CPU core |
 
 # %% [markdown]
 # ## Set-up
