@@ -129,16 +129,16 @@ def execute(notebook: nbformat.NotebookNode, name: str) -> float:
 
 
 def store_photographs_as_jpeg(notebook: nbformat.NotebookNode) -> None:
-    """As JPEG where that is smaller, at most 1000 pixels wide: GitHub does not show notebooks of many megabytes."""
+    """As JPEG where that is smaller, at most 960 pixels wide: GitHub does not show notebooks of many megabytes."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             for kind in {"image/png", "image/jpeg"} & output.get("data", {}).keys():
                 stored, jpeg = output["data"][kind], io.BytesIO()
                 with Image.open(io.BytesIO(base64.b64decode(stored))) as picture:
-                    if kind == "image/jpeg" and picture.width <= 1000:
+                    if kind == "image/jpeg" and picture.width <= 960:
                         continue
                     picture = picture.convert("RGB")
-                    picture.thumbnail((1000, 2000))
+                    picture.thumbnail((960, 2000))
                     picture.save(jpeg, "JPEG", quality=85, optimize=True)
                 encoded = base64.b64encode(jpeg.getvalue()).decode()
                 if len(encoded) < len(stored):
