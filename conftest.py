@@ -11,6 +11,9 @@ def pytest_configure(config):
         os.environ["TUTORIAL_PRESET"] = "quick"
         config.option.nbval_current_env = True
         config.option.nbval_cell_timeout = 600
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # notebook 07
     # A notebook opened without installing the library finds it beside the notebooks' folder.
     root = str(Path(__file__).parent)
     sys.path.insert(0, root)

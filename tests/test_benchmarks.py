@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from torchvision.models import get_model_weights
 
 from tests.benchmarks import RESULTS
 from tests.benchmarks.backbones import BUDGETS, TRUNKS
 from tests.benchmarks.speed import WORKS
+from tests.benchmarks.starter import EPOCHS, SEEDS, summary
 from tools.notebooks import ROOT
 
 PROVENANCE = {"device", "threads", "torch", "torchvision", "python", "date"}
@@ -42,3 +44,25 @@ def test_every_backbone_is_measured_at_the_same_budget():
         for row in of_preset:
             assert measured <= row.keys() and 0 <= row["box_AP"] <= 1
             assert vars(BUDGETS[name]).items() <= row.items()
+
+
+def test_starter_weights_are_measured_with_every_seed():
+    results = stored("starter")
+    rows = results["rows"]
+    ran = [(row["preset"], row["weights"], row["seed"], row["epochs"]) for row in rows]
+    kinds = [("quick", "DEFAULT"), ("laptop", "DEFAULT"), ("laptop", "random")]
+    wanted = [(name, weights, seed, EPOCHS[name]) for name, weights in kinds for seed in SEEDS[name]]
+    assert sorted(ran) == sorted(wanted)
+    assert results["summary"] == summary(rows)
+    assert results["starter"]["_metrics"] == get_model_weights("maskrcnn_mini_fpn").DEFAULT.meta["_metrics"]
+
+
+def test_starter_weights_are_worth_having():
+    rows = stored("starter")["rows"]
+    quick = [row for row in rows if row["preset"] == "quick"]
+    assert all(row["mask_AP"] >= row["zero_shot_mask_AP"] + 0.15 for row in quick)
+    by_weights = {
+        weights: [row["mask_AP"] for row in rows if (row["preset"], row["weights"]) == ("laptop", weights)]
+        for weights in ("DEFAULT", "random")
+    }
+    assert min(by_weights["DEFAULT"]) > max(by_weights["random"]) + 0.05

@@ -40,7 +40,7 @@ def test_images_are_as_documented(sample_root):
         with Image.open(sample_root / "PNGImages" / name) as image:
             assert image.mode == "RGB"
             assert 200 <= image.width <= 320 and 176 <= image.height <= 256
-            assert np.asarray(image).std() > 5
+            assert np.asarray(image).std() > 3
             assert read_mask(sample_root, name).shape == (image.height, image.width)
 
 
@@ -146,6 +146,18 @@ def test_sample_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fog_leaves_a_sixth_of_the_contrast(tmp_path, monkeypatch):
+    clear = []
+    fog = sample._fog
+    monkeypatch.setattr(sample, "_fog", lambda rng, image: clear.append(np.asarray(image)) or fog(rng, image))
+    folder = write_sample(tmp_path, num_images=6)
+    for name, before in zip(PennFudanDataset(folder).file_names, clear, strict=True):
+        with Image.open(folder / "PNGImages" / name) as image:
+            after = np.asarray(image).astype(float)
+        coarse = [np.asarray(Image.fromarray(p.astype(np.uint8)).reduce(8)).std() for p in (before, after)]
+        assert 0.12 < coarse[1] / coarse[0] < 0.22 and after.mean() > 140
+
+
 # draw_scene
 
 
@@ -173,19 +185,6 @@ def test_specks_are_not_counted():
     for number in range(60):
         _, ids, labels = draw_scene(np.random.default_rng(number), size=(48, 36), people=(4, 8))
         assert (np.bincount(ids.ravel(), minlength=len(labels) + 1)[1:] >= 64).all()
-
-
-def test_an_umbrella_belongs_to_its_person():
-    """The same scene, dry and in the rain."""
-    larger = []
-    for number in range(20):
-        dry, wet = (
-            draw_scene(np.random.default_rng(number), people=(1, 1), others=(0, 0), rain=rain) for rain in (False, True)
-        )
-        if dry[2] == wet[2] == ["person"]:
-            larger.append((wet[1] > 0).sum() > 1.15 * (dry[1] > 0).sum())
-            assert dry[0].tobytes() != wet[0].tobytes()
-    assert len(larger) > 8 and np.mean(larger) > 0.8
 
 
 def test_scenes_hold_every_category(scenes):

@@ -74,7 +74,7 @@ print(provenance(preset, pick_device(), weights="no model is trained here"))
 # people in them are outlined, pixel by pixel. Its `readme.txt` says that such works may
 # not be reposted without permission, so this project downloads it and never carries it.
 #
-# At the `quick` preset the pictures, of people in the rain, are drawn by
+# At the `quick` preset the pictures, of people in fog, are drawn by
 # `tutorial_lib/sample.py` and laid out in the same folders, so every line below is the same.
 
 # %%

@@ -1089,7 +1089,7 @@ plt.show()
 
 # %% [markdown]
 # They stand in for COCO in the order of the lesson: pre-train, look, finetune. They have never
-# seen a photograph, nor an umbrella, which everybody holds in the sample of `quick`; the zero-shot row
+# seen a photograph, nor fog, in which the sample of `quick` lies; the zero-shot row
 # above shows it.
 
 # %% [markdown]

@@ -391,7 +391,8 @@ for row in rows:
 # `sample_…` is one image with its target; `train_step_…` and `inference_…` are those of this notebook. `evaluator_N` is N
 # images with 100 detections each; `_pasted` gives both evaluators full-size masks. `channels_last_…` puts a single
 # change beside the plain step; where its ratio is under 1 it made the step slower, and the library leaves it out.
-# `two_processes_cpu` is the training of `tutorial_lib.train`, in one process with two threads and in two with one thread each.
+# `two_processes_cpu` is the training of `tutorial_lib.train`, in one process with two threads and in two with one thread each;
+# `large_pages_cpu` is the same training without and with large pages of memory (below, under "In practice").
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -435,6 +436,10 @@ print(*sorted({f"{row['device']}, torch {row['torch']}" for row in rows}), sep="
 #   many proposals are left?), so this is one among many.
 # - Several processes with one thread each can be faster than one process with several threads, on a CPU too:
 #   `python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train` (notebook 04).
+# - A training on the CPU takes and gives back gigabytes of memory a minute, in pages of 4 kB. On Linux, where
+#   `/sys/kernel/mm/transparent_hugepage/enabled` says `[madvise]`, the environment variable `THP_MEM_ALLOC_ENABLE=1`
+#   lets [PyTorch take large tensors in pages of 2 MB](https://github.com/pytorch/pytorch/pull/107697). Set it before
+#   Python starts. `large_pages_cpu` in the table is what it is worth on the machine there; `make run` and `make test` set it.
 # - A smaller `min_size` often gains more than all of the above; notebook 03 measures what it costs in AP.
 # - The clock of a notebook's cell includes what PyTorch does once: choosing kernels, reserving memory. Leave the first
 #   round out.

@@ -233,21 +233,21 @@ def epoch(device: torch.device) -> dict:
     return row
 
 
-def processes() -> dict:
-    """The training of two epochs in one process with its threads, and in two with one thread each."""
+def trainings(**ways: tuple[int, dict[str, str]]) -> dict:
+    """The training of two epochs by `tutorial_lib.train`, for each way: how many processes, and their environment."""
     seconds = {}
-    for name, count, threads in (("classic", 1, os.cpu_count()), ("ours", 2, 1)):
+    for name, (count, environment) in ways.items():
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
         with tempfile.TemporaryDirectory() as out:
             arguments = ["--preset", preset_at_hand(CPU).name, "--epochs", "2", "--out", out]
             subprocess.run(
                 [sys.executable, *launcher, "-m", "tutorial_lib.train", *arguments],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
             seconds[name] = json.loads((Path(out) / "results.json").read_text())["training_seconds"]
-    return {**seconds, "preset": preset_at_hand(CPU).name}
+    return {**seconds, "preset": preset_at_hand(CPU).name, "ways": {name: list(way) for name, way in ways.items()}}
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -258,7 +258,12 @@ WORKS: dict[str, Callable[[], dict]] = {
     "inference_cpu": lambda: inference(CPU),
     "epoch_cpu": lambda: epoch(CPU),
     "channels_last_cpu": lambda: train_step(CPU, channels_last),
-    "two_processes_cpu": processes,
+    "two_processes_cpu": lambda: trainings(
+        classic=(1, {"OMP_NUM_THREADS": str(torch.get_num_threads())}), ours=(2, {"OMP_NUM_THREADS": "1"})
+    ),
+    "large_pages_cpu": lambda: trainings(
+        classic=(1, {"THP_MEM_ALLOC_ENABLE": "0"}), ours=(1, {"THP_MEM_ALLOC_ENABLE": "1"})
+    ),
     "evaluator_50": lambda: evaluator(50, paste=True),
     "evaluator_1000": lambda: evaluator(1000, paste=True),
     "evaluator_50_pasted": lambda: evaluator(50, paste=False),

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.starter [quick] [laptop] [--processes 2]
 
-`quick` finetunes on the drawn sample with 5 seeds; `laptop` on PennFudan (PENN_FUDAN_ROOT) with 3 seeds from the
-starter weights and 3 from random ones, with the same budget. Rows of ``results/starter.json`` that are there already,
-of the same weights and code, are not measured again.
+`quick` finetunes on the drawn sample with 5 seeds, as notebook 04; `laptop` on PennFudan (PENN_FUDAN_ROOT) with 3 seeds
+from the starter weights and 3 from random ones, with the same budget: 8 epochs, a third of notebook 04's. Rows of
+``results/starter.json`` that are there already, of the same weights and code, are not measured again.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from tutorial_lib.coco_eval import mean_and_spread
 from tutorial_lib.engine import evaluate, train_one_epoch, use_bfloat16, warmup_cosine
 from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
 from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
-from tutorial_lib.presets import Preset, choose_preset, prepare_data
+from tutorial_lib.presets import PRESETS, Preset, choose_preset, prepare_data
 from tutorial_lib.transforms import get_transform
 
 SEEDS = {"quick": range(5), "laptop": range(3)}
+EPOCHS = {"quick": PRESETS["quick"].long_epochs, "laptop": 8}
 
 
 def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
     """As notebook 04: the epoch is chosen on the validation images, the test images are read for its row alone."""
-    device, root = torch.device("cpu"), prepare_data(preset)
+    device, root, epochs = torch.device("cpu"), prepare_data(preset), EPOCHS[preset.name]
     augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
     plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
     train_set = split_dataset(augmented, preset.split, seed=0)[0]
@@ -44,7 +45,7 @@ def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
     torch.manual_seed(seed)
     sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
     model = get_model(preset.mask_rcnn, weights=weights, **({} if weights else {"num_classes": 2}), **sizes)
-    row = {"preset": preset.name, "weights": weights or "random", "seed": seed, "epochs": preset.long_epochs}
+    row = {"preset": preset.name, "weights": weights or "random", "seed": seed, "epochs": epochs}
     if weights:
         zero_shot = evaluate(model, test_loader, device)
         row |= {"zero_shot_box_AP": zero_shot.box.AP, "zero_shot_mask_AP": zero_shot.mask.AP}
@@ -52,9 +53,9 @@ def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
     use_bfloat16(model, device)
     loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate, weight_decay=0.01)
-    schedule = warmup_cosine(optimizer, len(loader), preset.long_epochs * len(loader))
+    schedule = warmup_cosine(optimizer, len(loader), epochs * len(loader))
     best, seconds = (-1.0, None), 0.0
-    for _ in range(preset.long_epochs):
+    for _ in range(epochs):
         begun = time.perf_counter()
         train_one_epoch(model, optimizer, loader, device, lr_scheduler=schedule)
         seconds += time.perf_counter() - begun
