@@ -100,7 +100,7 @@ def test_penn_fudan_root_that_is_no_folder(tmp_path, monkeypatch):
 
 def test_download_that_fails_says_what_to_set(tmp_path, monkeypatch, refused_address):
     monkeypatch.setattr(presets, "download_penn_fudan", lambda root: download_penn_fudan(root, refused_address + "/x"))
-    with pytest.raises(OSError, match=r"(?s)cannot be downloaded.*PENN_FUDAN_ROOT.*TUTORIAL_PRESET=quick"):
+    with pytest.raises(RuntimeError, match=r"(?s)cannot be downloaded.*PENN_FUDAN_ROOT.*TUTORIAL_PRESET=quick"):
         prepare_data(PRESETS["laptop"], tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
 

@@ -232,7 +232,7 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=["build", "run"])
     parser.add_argument("names", nargs="*", help="only the notebooks that start so, e.g. 02")
     parser.add_argument("--force", action="store_true", help="build: run even where nothing changed")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # `build --force 03` too
     if arguments.command == "build":
         build(arguments.names, arguments.force)
     else:

@@ -140,8 +140,8 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
         size: height and width of the image, in pixels.
 
     Raises:
-        ValueError: there is not one label, score, area, iscrowd and mask for each box, or the
-            masks are not of the image's size.
+        ValueError: boxes, labels or scores are missing, or boxes are not [N, 4]; there is not one
+            label, score, area, iscrowd and mask for each box; or the masks are not of the image's size.
     """
     prediction, target = _as_numpy(prediction, size, "prediction"), _as_numpy(target, size, "target")
     iscrowd = target.get("iscrowd", np.zeros(len(target["boxes"]))).astype(bool)
@@ -152,7 +152,7 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
     areas = (w * h)[:, 0]
     masks = {"mask_areas": None, "mask_ious": None}
     roi = "roi_masks" in prediction
-    if (roi or "masks" in prediction or not len(areas)) and ("masks" in target or not len(iscrowd)):
+    if (roi or "masks" in prediction) and ("masks" in target or not len(iscrowd)):
         truth = target.get("masks", np.zeros((0, *size))).astype(bool)
         crops = _roi_crops(prediction, size) if roi else _crops(prediction, size)
         mask_areas, mask_inside = np.zeros(len(areas)), np.zeros(inside.shape)
@@ -178,6 +178,11 @@ def _as_numpy(output: dict, size: tuple[int, int], name: str) -> dict[str, np.nd
     keys = ("boxes", "labels", "scores", "area", "iscrowd", "masks", "roi_masks")
     tensors = {key: output[key].detach().cpu() for key in keys if key in output}
     arrays = {k: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for k, t in tensors.items()}
+    required = ("boxes", "labels", "scores") if name == "prediction" else ("boxes", "labels")
+    if missing := [key for key in required if key not in arrays]:
+        raise ValueError(f"a {name} lacks {', '.join(missing)}")
+    if arrays["boxes"].shape[1:] != (4,):
+        raise ValueError(f"a {name} has boxes of the shape {list(arrays['boxes'].shape)}; they have to be [N, 4]")
     for key, array in arrays.items():
         if len(array) != len(arrays["boxes"]):
             raise ValueError(f"a {name} has {len(arrays['boxes'])} boxes and {len(array)} {key}")

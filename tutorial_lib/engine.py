@@ -6,11 +6,13 @@ Notebook 02 builds ``train_one_epoch`` step by step, notebook 04 the rest.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from timeit import timeit
 from types import MethodType
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -56,10 +59,14 @@ def pick_num_threads(work: Callable[[], Any], repeats: int = 3) -> dict[int, flo
     most = torch.get_num_threads()
     numbers = sorted({1, most} | {2**k for k in range(most.bit_length()) if 2**k <= most})
     seconds = {}
-    for number in numbers:
-        torch.set_num_threads(number)
-        work()
-        seconds[number] = timeit(work, number=repeats) / repeats
+    try:
+        for number in numbers:
+            torch.set_num_threads(number)
+            work()
+            seconds[number] = timeit(work, number=repeats) / repeats
+    except BaseException:
+        torch.set_num_threads(most)
+        raise
     torch.set_num_threads(min(seconds, key=seconds.__getitem__))
     return seconds
 
@@ -105,11 +112,9 @@ def _forward_in_bfloat16(module: nn.Module, *inputs: Any) -> Any:
 
 def to_device(images: Iterable[Tensor], targets: Iterable[dict], device: torch.device) -> tuple[list, list]:
     """Images and the tensors of targets on the device; what is no tensor (``image_id``) stays as it is."""
-    images = [image.to(device, non_blocking=True) for image in images]
-    targets = [
-        {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in target.items()}
-        for target in targets
-    ]
+    to = partial(Tensor.to, device=device, non_blocking=device.type == "cuda")  # MPS would copy from freed memory
+    images = [to(image) for image in images]
+    targets = [{k: to(v) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
     return images, targets
 
 
@@ -189,7 +194,7 @@ def memory_advice(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _mode_kept(model: nn.Module) -> Iterator[None]:
+def mode_kept(model: nn.Module) -> Iterator[None]:
     """Put every module back into the training or evaluation mode it is in now."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -206,9 +211,13 @@ def validation_loss(model: nn.Module, data_loader: DataLoader, device: torch.dev
     The models give losses in training mode only, so that is the mode used, with
     BatchNorm kept as in evaluation. The loss still draws random proposals: the
     generator is seeded, and set back afterwards.
+
+    Raises:
+        ValueError: the loader gives no images.
     """
     losses = []
-    with _mode_kept(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [] if device.type == "cpu" else [device]
+    with mode_kept(model), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         model.train()
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -216,6 +225,8 @@ def validation_loss(model: nn.Module, data_loader: DataLoader, device: torch.dev
         torch.manual_seed(0)
         for images, targets in data_loader:
             losses.append(sum(model(*to_device(images, targets, device)).values()).item())
+    if not losses:
+        raise ValueError("the loader gives no images to take a validation loss of")
     return sum(losses) / len(losses)
 
 
@@ -264,7 +275,7 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
     Source: notebook 02 uses it, notebook 05 builds it; https://cocodataset.org/#detection-eval
     """
     compared = []
-    with _mode_kept(model), _masks_unpasted(model):
+    with mode_kept(model), _masks_unpasted(model):
         model.eval()
         for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
             predictions = model([image.to(device) for image in images])
@@ -307,7 +318,7 @@ def predict(
     """
     roi_heads = getattr(model, "roi_heads", None)
     own_threshold = getattr(roi_heads, "score_thresh", None)
-    with _mode_kept(model):
+    with mode_kept(model):
         model.eval()
         try:
             if own_threshold is not None:  # scores have to exceed it
@@ -348,11 +359,15 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
 
     Raises:
         OSError: it cannot be written, as on a full disk. What was at ``path`` is still there.
+        TypeError: it holds something that :func:`load_checkpoint` would refuse, such as a whole model inside
+            a dict, or a NumPy number; or a part is called ``random``. What was at ``path`` is still there.
 
     Source: notebook 04.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if "random" in state:
+        raise TypeError("a checkpoint keeps the random generators under the name random; give that part another one")
     state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in state.items()}
     name, keys, *rest = np.random.get_state()
     state["random"] = {
@@ -367,6 +382,8 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if refused := get_unsafe_globals_in_checkpoint(temporary):
+            raise TypeError(f"{path} could not be loaded again: it would hold {', '.join(sorted(refused))}")
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         kept = "the checkpoint that was there is kept" if path.exists() else "nothing is left of it"
@@ -407,8 +424,8 @@ def resume(path: str | Path, **parts: Any) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_checkpoint`; or the checkpoint lacks a part, or is
-            of another model. The message names the file and the first difference. Nothing has been
-            loaded then.
+            of another model. The message names the file and the first difference. All parts are
+            as they were then.
 
     Source: notebook 04.
     """
@@ -425,10 +442,14 @@ def resume(path: str | Path, **parts: Any) -> dict[str, Any]:
                 f"{path} is of another {name}: {len(differing)} entries differ. The first, {key}, is "
                 f"{theirs.get(key, 'missing')} in the file and {ours.get(key, 'missing')} in the {name}"
             )
+    others = {name: part for name, part in parts.items() if name not in modules}  # these can still fail
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in others.items()}
     try:
-        for name, part in sorted(parts.items(), key=lambda item: item[0] in modules):  # what can still fail first
+        for name, part in (others | modules).items():
             part.load_state_dict(checkpoint.pop(name))
     except (KeyError, ValueError, AttributeError, TypeError) as error:
+        for other, state in before.items():
+            parts[other].load_state_dict(state)
         raise ValueError(f"{path} does not fit the {name}: {error}") from error
     states = checkpoint.pop("random")
     torch.set_rng_state(states["torch"])

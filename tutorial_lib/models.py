@@ -32,6 +32,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms._presets import ObjectDetection
 
+from tutorial_lib.engine import mode_kept
 from tutorial_lib.sample import CATEGORIES
 
 
@@ -137,7 +138,7 @@ def fasterrcnn_mini_fpn(
     """
     weights = FasterRCNN_Mini_FPN_Weights.verify(weights)
     parts = _mini_parts(_num_classes(weights, num_classes))
-    model = FasterRCNN(**parts, **{**_MINI_DEFAULTS, **kwargs})
+    model = FasterRCNN(**{**parts, **_MINI_DEFAULTS, **kwargs})
     if weights is not None:
         state_dict = weights.get_state_dict()
         model.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("roi_heads.mask_")})
@@ -158,12 +159,9 @@ def maskrcnn_mini_fpn(
     weights = MaskRCNN_Mini_FPN_Weights.verify(weights)
     parts = _mini_parts(_num_classes(weights, num_classes))
     channels = parts["backbone"].out_channels
-    model = MaskRCNN(
-        **parts,
-        mask_head=MaskRCNNHeads(channels, (channels, channels), dilation=1),
-        mask_predictor=MaskRCNNPredictor(channels, channels, _num_classes(weights, num_classes)),
-        **{**_MINI_DEFAULTS, **kwargs},
-    )
+    parts["mask_head"] = MaskRCNNHeads(channels, (channels, channels), dilation=1)
+    parts["mask_predictor"] = MaskRCNNPredictor(channels, channels, _num_classes(weights, num_classes))
+    model = MaskRCNN(**{**parts, **_MINI_DEFAULTS, **kwargs})
     if weights is not None:
         model.load_state_dict(weights.get_state_dict())
     return model
@@ -178,8 +176,9 @@ def replace_box_predictor(model: FasterRCNN, num_classes: int) -> FasterRCNN:
 
     Source: notebook 02.
     """
-    in_features = model.roi_heads.box_predictor.cls_score.in_features
-    model.roi_heads.box_predictor = FastRCNNPredictor(in_features, num_classes)
+    old = model.roi_heads.box_predictor.cls_score
+    new = FastRCNNPredictor(old.in_features, num_classes)
+    model.roi_heads.box_predictor = new.to(old.weight.device)
     return model
 
 
@@ -194,8 +193,9 @@ def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
 
     Source: notebook 04.
     """
-    in_channels = model.roi_heads.mask_predictor.mask_fcn_logits.in_channels
-    model.roi_heads.mask_predictor.mask_fcn_logits = nn.Conv2d(in_channels, num_classes, kernel_size=1)
+    old = model.roi_heads.mask_predictor.mask_fcn_logits
+    new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1)
+    model.roi_heads.mask_predictor.mask_fcn_logits = new.to(old.weight.device)
     return model
 
 
@@ -214,11 +214,9 @@ def feature_nodes(trunk: nn.Module) -> dict[int, tuple[str, int, bool]]:
     """
     train, evaluation = get_graph_node_names(trunk)
     names = [name for name in evaluation if name in set(train)]
-    size, modes = 256, {module: module.training for module in trunk.modules()}
-    with torch.no_grad():
+    size = 256
+    with torch.no_grad(), mode_kept(trunk):
         outputs = create_feature_extractor(trunk.eval(), names)(torch.zeros(1, 3, size, size))
-    for module, training in modes.items():
-        module.training = training
     strides: dict[str, tuple[int, int, bool]] = {}
     for name, output in outputs.items():
         if isinstance(output, Tensor) and output.ndim == 4:
@@ -310,14 +308,10 @@ def best_anchor_ious(model: FasterRCNN, images: Sequence[Tensor], targets: Seque
     """
     if not images or len(images) != len(targets):
         raise ValueError(f"{len(images)} images and {len(targets)} targets: give one target for each image")
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with mode_kept(model):
         model.eval()
         batch, resized = model.transform(list(images), [{"boxes": target["boxes"]} for target in targets])
         features = model.backbone(batch.tensors)
         maps = [features] if isinstance(features, Tensor) else list(features.values())
         anchors = model.rpn.anchor_generator(batch, maps)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return torch.cat([box_iou(t["boxes"], a).amax(dim=1) for t, a in zip(resized, anchors, strict=True)])

@@ -36,6 +36,7 @@ DIGEST = "313ac6cb0e3e2f9bc6b1d41903bd13b17707af114cfef636ff09a5de0ed44b0f"
 
 _TIMEOUT = 30  # seconds without a byte
 _MAX_BYTES = 100_000_000  # what no answer may exceed; the archive has 51 MB
+_SCRATCH = ".PennFudanPed-download-"  # and what mkdtemp adds
 _DAY = 86_400
 
 
@@ -130,6 +131,8 @@ class PennFudanDataset(Dataset):
         mask = read_image(path)
         if len(mask) != 1:
             raise ValueError(f"{path} has {len(mask)} channels; a mask has one, with the person's number in each pixel")
+        if mask.dtype != torch.uint8:
+            raise ValueError(f"{path} is a {mask.dtype} mask; save it with 8 bits a pixel")
         pixels = mask.flatten().bincount()  # of each number
         ids = pixels[1:].nonzero().flatten() + 1
         masks = (mask == ids[:, None, None].to(mask.dtype)).to(torch.uint8)
@@ -224,10 +227,10 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
     if folder.exists():
         raise RuntimeError(f"{folder} is there, but is not all of PennFudan as published; move it away and try again")
     root.mkdir(parents=True, exist_ok=True)
-    for left_over in root.glob("PennFudanPed.*"):  # of a download that was killed
+    for left_over in root.glob(f"{_SCRATCH}*/"):  # of a download that was killed
         if time.time() - left_over.stat().st_mtime > _DAY:
             shutil.rmtree(left_over)
-    with tempfile.TemporaryDirectory(dir=root, prefix="PennFudanPed.") as scratch:
+    with tempfile.TemporaryDirectory(dir=root, prefix=_SCRATCH) as scratch:
         archive = Path(scratch) / "PennFudanPed.zip"
         _fetch(url, archive)
         if not zipfile.is_zipfile(archive):
@@ -244,7 +247,11 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
             raise RuntimeError(f"{url}: the archive would write outside its folder ({outside[0]!r}); not unpacked")
         if not _is_penn_fudan(Path(scratch) / "PennFudanPed"):
             raise RuntimeError(f"{url}: the archive does not hold the {NUM_IMAGES} photographs and masks of PennFudan")
-        (Path(scratch) / "PennFudanPed").rename(folder)
+        try:
+            (Path(scratch) / "PennFudanPed").rename(folder)
+        except OSError:  # another process was faster
+            if not _is_penn_fudan(folder):
+                raise
     return folder
 
 
@@ -260,7 +267,11 @@ def _require_https(url: str) -> None:
 
 def _fetch(url: str, path: Path) -> None:
     _require_https(url)
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, path.open("wb") as file:
+    try:
+        response = urllib.request.urlopen(url, timeout=_TIMEOUT)
+    except HTTPException as error:
+        raise RuntimeError(f"{url}: what answers there is no web server ({error!r})") from error
+    with response, path.open("wb") as file:
         _require_https(response.url)  # after redirects
         size = int(response.headers.get("Content-Length", 0))
         with tqdm(total=size or None, unit="B", unit_scale=True, desc="PennFudan", file=sys.stdout, leave=False) as bar:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -82,7 +81,7 @@ def prepare_data(preset: Preset, root: str | Path = "data") -> Path:
 
     Raises:
         ValueError: the folder holds fewer images than the preset's split needs.
-        RuntimeError, OSError: PennFudan cannot be downloaded; the message says what to do.
+        RuntimeError: PennFudan cannot be downloaded; the message says what to do.
     """
     if preset.data == "drawn sample":
         return write_sample(root, num_images=sum(preset.split))
@@ -93,8 +92,8 @@ def prepare_data(preset: Preset, root: str | Path = "data") -> Path:
         return Path(folder)
     try:
         return download_penn_fudan(root)
-    except OSError as error:
-        raise OSError(
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
             f"PennFudan cannot be downloaded ({error}). Set PENN_FUDAN_ROOT to a folder that holds it, "
             "or TUTORIAL_PRESET=quick, which needs no download."
         ) from error
@@ -105,7 +104,7 @@ def fetch_weights(name: str, weights: str | None = "DEFAULT") -> None:
 
     Args:
         name: of a registered model, as in ``torchvision.models.list_models()``.
-        weights: a member of its weights enum; None is nothing to fetch.
+        weights: the name of a member of its weights enum; None is nothing to fetch.
 
     Raises:
         RuntimeError: they cannot be fetched, or are not what the hash in their name says.
@@ -114,6 +113,9 @@ def fetch_weights(name: str, weights: str | None = "DEFAULT") -> None:
     if weights is None:
         return
     entry = torchvision.models.get_model_weights(name)[weights]
+    if not entry.url.startswith("http"):  # a file of this package
+        entry.get_state_dict()
+        return
     path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
     wanted = torch.hub.HASH_REGEX.search(path.name)
     try:
@@ -121,7 +123,7 @@ def fetch_weights(name: str, weights: str | None = "DEFAULT") -> None:
         if wanted and path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(wanted[1]):
             raise RuntimeError(f"{path} is not what the hash in its name says; delete it")
         entry.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"the weights {entry} of {name} cannot be fetched from {entry.url} ({error}). "
             f"With no network, put that file into {path.parent}, "

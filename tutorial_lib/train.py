@@ -56,12 +56,12 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
     Source: notebooks 04 and 07.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank == 0:  # one process downloads, the others find it there
-        root = prepare_data(preset)
-        fetch_weights(preset.mask_rcnn, preset.weights)
-    if world > 1:
+    if rank:  # the first process downloads, the others find it there
         dist.barrier()
     root = prepare_data(preset)
+    fetch_weights(preset.mask_rcnn, preset.weights)
+    if world > 1 and rank == 0:
+        dist.barrier()
 
     def loader(dataset: Dataset, training: bool) -> DataLoader:
         sampler = DistributedSampler(dataset, world, rank, shuffle=training, seed=seed, drop_last=training)
@@ -141,7 +141,7 @@ if __name__ == "__main__":
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     preset = choose_preset(arguments.preset)
     epochs = arguments.epochs or preset.long_epochs
-    learning_rate = arguments.learning_rate or preset.learning_rate
+    learning_rate = preset.learning_rate if arguments.learning_rate is None else arguments.learning_rate
     results = train(preset, arguments.out, epochs, learning_rate, arguments.seed, device)
     if int(os.environ.get("RANK", 0)) == 0:
         made_by = f"{provenance(preset, device)} | {world} process(es), {epochs} epochs, seed {arguments.seed}"

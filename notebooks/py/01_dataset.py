@@ -22,15 +22,14 @@
 # ## What you'll do
 #
 # - look at one photograph and its mask, then take the mask apart by hand;
-# - find out why a box computed from a mask has to be one pixel larger than the
-#   function for it says;
+# - find out why torchvision's `masks_to_boxes` gives boxes that are one pixel too small;
 # - write the data set class, its transforms, a seeded split and a `DataLoader`;
 # - plot what every training run will depend on: how many people, how large, how tall.
 #
 # **You need** PyTorch and torchvision, and to have seen a `Dataset` before. No
 # knowledge of detection. No GPU.
 #
-# | preset | data | download | time, measured on 2 CPU cores |
+# | preset | data | download | time, with one thread on a machine with 2 CPU cores |
 # |---|---|---|---|
 # | `quick` | street scenes drawn by code | none | under half a minute |
 # | `laptop`, `full` | the PennFudan photographs | 51 MB | under half a minute, after the download |
@@ -71,7 +70,8 @@ print(provenance(preset, pick_device(), weights="no model is trained here"))
 # PennFudan is a set of 170 photographs from around the University of Pennsylvania and
 # Fudan University, published with [a paper of
 # 2007](https://www.cis.upenn.edu/~jshi/ped_html/) by Wang, Shi, Song and Shen. The
-# people in them are outlined, pixel by pixel. Its `readme.txt` says that such works may
+# people in them are outlined, pixel by pixel. (Some people, half hidden mostly, have no mask; a detector
+# that finds them is counted wrong.) Its `readme.txt` says that such works may
 # not be reposted without permission, so this project downloads it and never carries it.
 #
 # At the `quick` preset the pictures, of people in fog, are drawn by
@@ -227,8 +227,8 @@ assert (agree >= 0.97 * people).all()
 
 # %% [markdown]
 # On the photographs that is 423 people, with 418, 422, 412 and 423 of the edges equal.
-# The rest are slips of the annotation, by up to 6 pixels. Without the added pixel
-# those right and bottom edges would all be one short.
+# The rest are slips of the annotation. Without the added pixel the right and bottom
+# edges that agree would all be one short.
 #
 # The paper says **345** people, and so do many texts about this data set. Both are
 # right: the paper left out people who are very small or mostly hidden. They were
@@ -238,11 +238,11 @@ assert (agree >= 0.97 * people).all()
 added_list = root / "added-object-list.txt"
 lines = added_list.read_text().splitlines() if added_list.exists() else []
 added = sum(line.split("\t")[0].endswith(".png") for line in lines)
-print(f"{people} in the masks - {added} added later = {people - added} in the paper")
+print(f"{people} in the masks, {people - added} without those that were added later")
 
 # %% [markdown]
 # This matters when you compare results: with the masks as they are, a detector is
-# asked for the 78 difficult ones as well. All our notebooks count 423.
+# asked for the 78 difficult ones as well. On the photographs all our notebooks count 423.
 #
 # ## The data set
 #
@@ -251,7 +251,9 @@ print(f"{people} in the masks - {added} added later = {people - added} in the pa
 #
 # - `tv_tensors.Image`, `BoundingBoxes` and `Mask` are tensors that know what they
 #   are, so that a transform can move all three together;
-# - the target is a dictionary with the keys that torchvision and COCO share.
+# - the target is a dictionary with the keys that torchvision's models and its reference
+#   scripts ask for; `image_id`, `area` and `iscrowd` are named as in
+#   [COCO](https://cocodataset.org), the large data set whose metrics most detectors are measured with.
 
 # %% tags=["copy-me"]
 from pathlib import Path
@@ -380,7 +382,7 @@ assert not torch.equal(turned["boxes"], boxes_from_masks(turned["masks"]))
 
 # %% [markdown]
 # So for training we flip, and distort the colours: brightness, contrast, saturation, hue,
-# and now and then the order of the channels (hence a blue face). `ToDtype(..., scale=True)`
+# and the order of the colour channels (hence the odd colours below). `ToDtype(..., scale=True)`
 # turns uint8 in [0, 255] into float32 in [0, 1], and `ToPureTensor` turns the image, boxes
 # and masks back into plain tensors. Nothing is resized or normalised: the model does both itself, and
 # scales its detections back to the size of your image.
@@ -414,7 +416,8 @@ plt.show()
 # ## Train, validation and test
 #
 # Three parts: one to learn from, one to choose by (when to stop, which learning rate),
-# and one that is read **once**, at the end. The classic text has two, and reads the test
+# and one that is read **once**, at the end. PyTorch's [finetuning
+# tutorial](https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html) has two, and reads the test
 # images after every epoch. Whoever then reports the best of those epochs reports a number
 # that is better than it should be.
 
@@ -495,7 +498,7 @@ plt.show()
 # ## What is in it
 #
 # Before training, look at the numbers that anchors, image size and metrics depend on.
-# `get_target` reads masks only, so this takes a moment.
+# `get_target` reads masks only, so this takes only a moment.
 
 # %%
 all_targets = [dataset.get_target(i) for i in range(len(dataset))]
@@ -525,8 +528,9 @@ print(f"median aspect ratio {ratio:.1f}")
 
 # %% [markdown]
 # People are tall: the anchors of torchvision's models come in ratios 0.5, 1 and 2, and
-# in the photographs the median person, at 2.7, is beyond the last of these. It works all the same, because anchors only have
-# to be near enough for the regressor; notebook 03 comes back to it.
+# in the photographs the median person, at 2.7, is beyond the last of these. Anchors are
+# boxes of fixed shapes from which the model starts, and which it then moves and stretches. They only have to be near
+# enough for that, so it works all the same; notebook 03 comes back to it.
 #
 # ## A good case, and a difficult one
 #
@@ -552,7 +556,7 @@ plt.show()
 # - **Split** a mask into instances with one comparison, `mask == ids[:, None, None]`.
 # - **Add** a pixel to what `masks_to_boxes` gives, and a thin person is not lost.
 # - **Return** image and target as `tv_tensors`, so that transforms keep them together.
-# - **Keep** a third part of the data for the one number you report.
+# - **Keep** a test part, apart from training and validation, for the one number you report.
 # - **Plot** sizes and ratios before you train.
 
 # %% [markdown]
@@ -562,9 +566,9 @@ plt.show()
 #    agree with their masks.
 #    <details><summary>Hint</summary>Compare <code>target["boxes"]</code> with <code>boxes_from_masks(target["masks"])</code>.</details>
 # 2. Use `v2.RandomPerspective` for training without the loose boxes.
-#    <details><summary>Hint</summary>A transform can be any function of (image, target): at the end, drop the people who left the picture (<code>keep = masks.flatten(1).any(dim=1)</code>, an index for every field), and compute boxes and areas again from the masks.</details>
+#    <details><summary>Hint</summary>A transform can be any function of (image, target): at the end, drop the people who left the picture (<code>keep = (masks != 0).flatten(1).any(dim=1)</code>, an index for every field but <code>image_id</code>), and compute boxes and areas again from the masks.</details>
 # 3. Read your own data: masks of one person per file, say, or a COCO file.
-#    <details><summary>Hint</summary>Only <code>__getitem__</code> changes; for COCO see <code>torchvision.datasets.wrap_dataset_for_transforms_v2</code>.</details>
+#    <details><summary>Hint</summary><code>__init__</code> lists other files and <code>__getitem__</code> reads them; the target stays as it is; for COCO see <code>torchvision.datasets.wrap_dataset_for_transforms_v2</code>.</details>
 
 # %% [markdown]
 # ## In practice

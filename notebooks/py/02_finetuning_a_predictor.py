@@ -251,8 +251,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 
 def replace_box_predictor(model: FasterRCNN, num_classes: int) -> FasterRCNN:
-    in_features = model.roi_heads.box_predictor.cls_score.in_features
-    model.roi_heads.box_predictor = FastRCNNPredictor(in_features, num_classes)
+    old = model.roi_heads.box_predictor.cls_score
+    new = FastRCNNPredictor(old.in_features, num_classes)
+    model.roi_heads.box_predictor = new.to(old.weight.device)
     return model
 
 

@@ -25,7 +25,7 @@
 # - give it anchors and RoIAlign, and learn why the tuples nest and `"0"` is a string;
 # - make each of the usual mistakes once, on purpose, to know its message;
 # - **train** the result, and measure it beside the default backbone: parameters, speed, AP;
-# - put a feature pyramid on any trunk, and compare six backbones at one budget;
+# - put a feature pyramid on another trunk, and compare six backbones at one budget;
 # - measure which of your boxes the anchors can match, and what the RPN then finds;
 # - freeze BatchNorm, freeze layers, change the image size, and measure each.
 #
@@ -293,7 +293,7 @@ attempt(names=(0,))
 # %% [markdown]
 # ## Train it
 #
-# The classic text stops here, with a model whose new parts are random: asked for people, it answers
+# Many tutorials stop here, with a model whose new parts are random: asked for people, it answers
 # with noise. So we train it, beside the default, with the **same budget**: the same images, epochs,
 # image size, batch, optimizer and seed, and trunks that start alike, from ImageNet weights
 # at `full` and from random weights elsewhere. (The package holds no ImageNet weights, and the
@@ -472,7 +472,7 @@ show([*images, *images], drawn, titles)
 plt.show()
 
 # %% [markdown]
-# ## A feature pyramid on any trunk
+# ## A feature pyramid on another trunk
 #
 # The default has two advantages that are no merit of its trunk: a pyramid (FPN), with fewer channels and finer maps. So
 # give MobileNetV2 one. It needs the trunk's last features at each of four resolutions, and
@@ -488,7 +488,7 @@ _, nodes = get_graph_node_names(mobilenet_v2())
 print(len(nodes), "nodes:", ", ".join(nodes[:4]), "…", ", ".join(nodes[-5:]))
 
 # %% [markdown]
-# A node may be named by its module: `features.3` is the last node in it. What does each block give for
+# A node may be named by its module: `features.3` stands for the last node inside that module. What does each block give for
 # a picture of 256 × 256 pixels?
 
 # %%
@@ -523,8 +523,8 @@ for name, feature in by_hand.items():
 
 # %% [markdown]
 # torchvision's `BackboneWithFPN` does the same for the children of a module. The library's
-# `backbone_with_fpn` also finds the nodes, for any trunk that can be traced, Swin with its channels
-# last too. With the same seed all three are the same network:
+# `backbone_with_fpn` also finds the nodes, for any trunk that can be traced and has features at strides 4, 8, 16 and 32, Swin with its
+# channels last too. With the same seed all three are the same network:
 
 # %%
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -600,7 +600,7 @@ for (preset_name, name_of_device), members in groups.items():
         )
 
 # %% [markdown]
-# An AP of 0 beside a loss that falls, as `mobilenet_v3_large_fpn` has it, is a lesson of its own: MobileNetV3's BatchNorm moves its
+# An AP of 0 beside a loss like that of the others, as `mobilenet_v3_large_fpn` has it, is a lesson of its own: MobileNetV3's BatchNorm moves its
 # statistics by a hundredth in each step (`momentum=0.01`). After 150 steps from random weights a fifth of their first values is still
 # in them (0.99 to the power of 150 is 0.22), and evaluation normalises with those. The small models of this project use 0.1.
 #
@@ -662,7 +662,9 @@ for (preset_name, _), members in groups.items():
 # tutorial_lib/models.py
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
 
 
@@ -1054,8 +1056,9 @@ for min_size, max_size in ((192, 384), (192, 640), (192, 1333), (800, 1333)):
     assert resized_wide == (int(300 * scale), int(1000 * scale))
 
 # %% [markdown]
-# At 384 this picture comes out lower than the 192 that were asked for: raise both together. Now the detector
-# trained above, at four sizes, with no further training:
+# With `max_size` 384 this picture's shorter side falls short of the 192 that were asked for: raise both together. Now the detector
+# trained above, at four sizes, with no further training (`max_size` is twice `min_size` here, so photographs that are long and low
+# come out larger than above):
 
 # %% tags=["nbval-ignore-output"]
 sizes = [round(small["min_size"] * factor) for factor in (0.5, 1, 1.5, 2)]

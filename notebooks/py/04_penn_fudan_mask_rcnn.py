@@ -132,10 +132,9 @@ from torchvision.models.detection import MaskRCNN
 
 
 def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
-    in_channels = model.roi_heads.mask_predictor.mask_fcn_logits.in_channels
-    model.roi_heads.mask_predictor.mask_fcn_logits = nn.Conv2d(
-        in_channels, num_classes, kernel_size=1
-    )
+    old = model.roi_heads.mask_predictor.mask_fcn_logits
+    new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1)
+    model.roi_heads.mask_predictor.mask_fcn_logits = new.to(old.weight.device)
     return model
 
 

@@ -27,7 +27,7 @@
 # - sort a detector's errors by cause, with counts that add up;
 # - say how far AP moves with the seed, and with the choice of the test images.
 #
-# **You need** notebooks [01](01_dataset.ipynb) and [02](02_finetuning_a_predictor.ipynb).
+# **You need** notebooks [01](01_dataset.ipynb) and [02](02_finetuning_a_predictor.ipynb), and [04](04_penn_fudan_mask_rcnn.ipynb) for how the model is trained.
 #
 # | preset | trains | time |
 # |---|---|---|
@@ -269,7 +269,7 @@ print(f"pycocotools: {coco_eval.stats[0]:.3f}")
 assert abs(coco_eval.stats[0] - np.mean(by_hand)) < 1e-9
 
 # %% [markdown]
-# And this project's functions, which keep an image's IoUs and nothing else of it. There are no small
+# And this project's functions, which keep of an image its IoUs, labels, scores and areas, and no pixels. There are no small
 # people here (under 32² pixels), which pycocotools reports as -1:
 
 # %%
@@ -330,7 +330,8 @@ train_set, _, _ = split_dataset(augmented, preset.split, seed=0)
 _, val_set, test_set = split_dataset(plain, preset.split, seed=0)
 loader_options = {"batch_size": preset.batch_size, "collate_fn": collate_fn}
 val_loader = DataLoader(val_set, **loader_options)
-test_loader = DataLoader(test_set, collate_fn=collate_fn)  # one by one, as picture() does
+# One image a batch, as in the pictures below.
+test_loader = DataLoader(test_set, collate_fn=collate_fn)
 
 # %% [markdown]
 # The training of one seed:
@@ -364,7 +365,7 @@ def finetuned(seed):
 
 # %% [markdown]
 # No epoch is chosen here, so the validation images are free for another choice, that of a score threshold.
-# The test images are evaluated once for each model; what follows looks at those results, and chooses nothing by them:
+# The test images choose nothing here; what follows only looks at their results:
 
 # %% tags=["nbval-ignore-output"]
 models = [finetuned(seed) for seed in SEEDS]
@@ -400,7 +401,7 @@ plt.show()
 assert np.isclose(result.mask.precision[0].mean(), result.mask.AP50)
 
 # %% [markdown]
-# A curve that drops to 0 before recall 1 says that some people are found at no score over 0.05, the model's own threshold. One
+# A curve that drops to 0 before recall 1 says that for some people no detection over score 0.05, the model's own threshold, fits well enough. One
 # that is low at the left has mistakes among its surest detections. At a stricter IoU a mask has to fit better to count, so the
 # whole curve is lower.
 #
@@ -420,9 +421,9 @@ def precision_recall(matches, threshold):
     return right / max(kept.sum(), 1), right / matches.num_objects.sum()
 
 
-matches = evaluate(model, val_loader, device, progress=False).box.matches[1]
+val_matches = evaluate(model, val_loader, device, progress=False).box.matches[1]
 candidates = np.linspace(0.05, 0.95, 91)
-points = np.array([precision_recall(matches, t) for t in candidates])
+points = np.array([precision_recall(val_matches, t) for t in candidates])
 f1 = 2 * points.prod(axis=1) / np.maximum(points.sum(axis=1), 1e-9)
 best = candidates[f1.argmax()]
 figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
@@ -498,7 +499,8 @@ assert sum(map(len, sorted_out.values())) == len(above)
 assert num_found + len(missed) == num_people
 
 # %% [markdown]
-# One of each, the surest of its kind: blue is the detection, orange the person it should fit.
+# One of each, the surest of its kind (of the missed, who have no detection, the first): blue is the detection, orange the
+# person it should fit, where there is one.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import predict
@@ -528,7 +530,7 @@ plt.show()
 # %% [markdown]
 # Duplicates are for non-maximum suppression to remove (`box_nms_thresh`); many missed people ask for more
 # training, larger images (`min_size`) or other anchors (notebook 03); background and poorly placed boxes for
-# more varied training images.
+# more varied training images, once you have looked at them: a detection on "background" may be a person that nobody labelled, a rider for instance.
 #
 # ## Small, medium, large
 #
@@ -578,7 +580,7 @@ for kind in ("box", "mask"):
 
 # %% [markdown]
 # And the **test images**: other photographs of the same streets (at `quick`, other scenes) would give another AP. The
-# bootstrap draws as many images from the test images, with replacement, a thousand times, and
+# bootstrap draws, a thousand times and with replacement, as many images as there are test images, and
 # looks at how far AP moves. No image is predicted again:
 
 # %% tags=["nbval-ignore-output"]
@@ -650,23 +652,23 @@ assert abs(counted.AR - 2 / 3) < 1e-9
 #
 # 1. Move the third detection of the three images onto the person of image 1. Work out the new AP50 on
 #    paper first.
-#    <details><summary>Hint</summary>That person is taken by a detection with a higher score, at every threshold that it reaches.</details>
+#    <details><summary>Hint</summary>At IoU 0.5 the detection with score 0.8 has taken that person already, so AP50 stays as it is. Its IoU is 0.675: from 0.70 on the person is free.</details>
 # 2. A false alarm costs you ten times what a missed person costs. Which threshold do you choose?
-#    <details><summary>Hint</summary>Minimise 10 × false alarms + misses over <code>candidates</code>, on the validation images.</details>
+#    <details><summary>Hint</summary>Minimise 10 × false alarms + misses over <code>candidates</code>, from <code>val_matches</code>.</details>
 # 3. Bootstrap the *difference* of two seeds' AP, drawing the same images for both.
-#    <details><summary>Hint</summary>Copy the loop of <code>bootstrap_interval</code> from <code>tutorial_lib/coco_eval.py</code>, and compute both APs from the same <code>times</code>.</details>
+#    <details><summary>Hint</summary>Copy the loop of <code>bootstrap_interval</code> from <code>tutorial_lib/coco_eval.py</code>, with <code>from tutorial_lib.coco_eval import _curves</code>, and compute both APs from the same <code>times</code>.</details>
 
 # %% [markdown]
 # ## In practice
 #
 # - `evaluate` takes any module that maps a list of images to a list of dicts with `boxes`, `labels`,
 #   `scores`, and `masks` if it has them. Its numbers equal pycocotools' to 1e-9 on the 210 random cases of the tests.
-# - It never encodes a mask, and compares torchvision's 28 × 28 masks inside their boxes, without pasting them
+# - It never turns a mask into run-length code, as pycocotools needs it, and compares torchvision's 28 × 28 masks inside their boxes, without pasting them
 #   to full size. What that saves is in the table of notebook [07](07_making_it_fast.ipynb), in the rows `evaluator_50` and
 #   `evaluator_1000`: so many images, with 100 detections each.
 # - The evaluator of many tutorials, from torchvision's
 #   [reference scripts](https://github.com/pytorch/vision/blob/main/references/detection/coco_utils.py), first reads the whole
-#   data set once more to build its ground truth, and takes a `Subset` for the data set that it was cut from. Ours looks at
+#   data set once more to build its ground truth, and of a `Subset` it takes the whole data set behind it. Ours looks at
 #   the loader's images alone, as they pass by.
 # - `target["area"]`, where it is given, decides who is small. With masks that should be the mask's area, not the box's.
 # - Crowds (`iscrowd`) are neither objects nor mistakes: detections on them are ignored.

@@ -76,6 +76,9 @@ def pretrain(
     device: torch.device,
 ) -> None:  # fmt: skip
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if batch_size % world:
@@ -90,10 +93,12 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 300, max(steps - step, 0) / (steps - decay_from))
     )
-    start = 0
+    start, arguments = 0, [batch_size, learning_rate, seed, weights]
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["arguments"] != arguments:
+            raise ValueError(f"{checkpoint} is of batch size, learning rate, seed, weights {state['arguments']}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -118,7 +123,7 @@ def pretrain(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-        if step % 100 == 0:
+        if step % 100 == 0 or step in (decay_from, steps):
             rate = (step - start) / (time.perf_counter() - begun)
             mean = torch.stack(losses).mean().item()
             losses.clear()
@@ -129,11 +134,13 @@ def pretrain(
         if rank == 0 and (step % 200 == 0 or step in (decay_from, steps)):
             state = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(), "step": step,
+                "schedule": schedule.state_dict(), "step": step, "arguments": arguments,
             }  # fmt: skip
             save_checkpoint(checkpoint, **state)
             if step == decay_from:
                 save_checkpoint(out / "before_decay.pt", **state)
+    if world > 1:
+        dist.destroy_process_group()
     if rank:
         return
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
