@@ -48,7 +48,7 @@ _MINI = {
 PRESETS = {
     "quick": Preset(
         "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=(192,), max_size=384,
-        batch_size=4, learning_rate=1e-3, epochs=4, scratch_epochs=4, long_epochs=10,
+        batch_size=4, learning_rate=1.5e-3, epochs=4, scratch_epochs=4, long_epochs=10,
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=(208, 240, 272, 304, 320), max_size=560,

@@ -358,7 +358,7 @@ def _light(rng: np.random.Generator, image: Image.Image, ids: np.ndarray) -> Ima
 
 def _fog(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     """The little contrast that even fog lets through, before the grey of the fog, and some noise."""
-    through, grey = rng.uniform(0.14, 0.2), rng.uniform(185, 215)
+    through, grey = rng.uniform(0.10, 0.15), rng.uniform(185, 215)
     pixels = grey + through * (np.asarray(image).astype(np.float32) - grey)
     pixels += rng.normal(0, 1.5, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -368,7 +368,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
     """Write drawn street scenes as a data set in PennFudan's layout, unless it is there already.
 
     Only people are labelled, as in PennFudan; cars, trees and dogs are left for the
-    detector to tell apart. There is fog, which leaves a sixth of the contrast: the
+    detector to tell apart. There is fog, which leaves an eighth of the contrast: the
     starter weights have never seen one, so there is something to learn. Image i depends
     on (seed, i) alone.
 
@@ -395,7 +395,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
             people = 0
             while not people:
                 size = (int(rng.integers(200, 320)), int(rng.integers(176, 256)))
-                image, ids, labels = draw_scene(rng, size)
+                image, ids, labels = draw_scene(rng, size, people=(1, 3), others=(0, 3))
                 people = labels.count("person")
             image = _fog(rng, image)
             # Renumber 1 to N, people only.

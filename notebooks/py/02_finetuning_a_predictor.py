@@ -425,7 +425,7 @@ for name, result in (
 
 # %%
 assert history[-1]["loss"] < history[0]["loss"]
-assert preset.name == "full" or finetuned.box.AP > zero_shot.box.AP
+assert preset.name == "full" or finetuned.box.AP > zero_shot.box.AP + 0.05
 
 # %% [markdown]
 # The same three pictures as above, before (upper row) and after (lower row):

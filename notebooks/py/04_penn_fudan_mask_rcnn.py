@@ -363,11 +363,12 @@ for kind in ("box", "mask"):
 # %% [markdown]
 # At `laptop`, finetuning turns boxes that are roughly right, and masks that are hardly usable, into a detector of photographs,
 # which the starter weights had never seen. The drawn sample of
-# `quick` is new to them as well: its streets lie in fog, which leaves a sixth of the contrast.
+# `quick` is new to them as well: its streets lie in fog, which leaves an eighth of the contrast.
 
 # %%
-assert finetuned.box.AP > zero_shot.box.AP
-assert finetuned.mask.AP50 > zero_shot.mask.AP50
+margin = 0 if preset.name == "full" else 0.08
+assert finetuned.box.AP > zero_shot.box.AP + margin
+assert finetuned.mask.AP > zero_shot.mask.AP + margin
 assert finetuned.box.AP50 > 0.4
 
 # %% [markdown]

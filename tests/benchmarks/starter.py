@@ -3,7 +3,7 @@
     python -m tests.benchmarks.starter [quick] [laptop] [--processes 2]
 
 `quick` finetunes on the drawn sample with 5 seeds, as notebook 04; `laptop` on PennFudan (PENN_FUDAN_ROOT) with 3 seeds
-from the starter weights and 3 from random ones, with the same budget: 8 epochs, a third of notebook 04's. Rows of
+from the starter weights and 3 from random ones, with the same budget: 4 epochs, a sixth of notebook 04's. Rows of
 ``results/starter.json`` that are there already, of the same weights and code, are not measured again.
 """
 
@@ -31,7 +31,7 @@ from tutorial_lib.presets import PRESETS, Preset, choose_preset, prepare_data
 from tutorial_lib.transforms import get_transform
 
 SEEDS = {"quick": range(5), "laptop": range(3)}
-EPOCHS = {"quick": PRESETS["quick"].long_epochs, "laptop": 8}
+EPOCHS = {"quick": PRESETS["quick"].long_epochs, "laptop": 4}
 
 
 def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
