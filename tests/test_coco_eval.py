@@ -317,6 +317,237 @@ def test_predictions_without_masks_give_no_mask_metrics():
 
 
 @pytest.mark.parametrize("image_ids", [["a", "b"], [7, 7], [torch.tensor([3]), torch.tensor([3])], [1, 0]])
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "scores"])
+def test_a_prediction_that_lacks_a_part_is_refused(missing):
+    prediction = {"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
+    target = {key: prediction[key] for key in ("boxes", "labels")}
+    del prediction[missing]
+    with pytest.raises(ValueError, match=f"prediction lacks {missing}"):
+        compare(prediction, target, (10, 10))
+
+
+def test_boxes_without_a_second_dimension_are_refused():
+    nothing = {"boxes": torch.tensor([]), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match=r"boxes of the shape \[0\]"):
+        compare(nothing, nothing, (10, 10))
+
+
+def test_boxes_alone_give_no_mask_metrics_where_nothing_is_found():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4]]), "labels": torch.ones(1).long(), "masks": torch.ones(1, 10, 10)}
+    assert coco_metrics([compare(nothing, target, (10, 10))]).mask is None
+
+
 def test_images_are_known_by_their_place(image_ids):
     first, second = [0, 0, 10, 10], [20, 20, 40, 40]
     targets = [target([box], image_id=id_) for box, id_ in zip([first, second], image_ids, strict=True)]

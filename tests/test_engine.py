@@ -148,6 +148,127 @@ def test_pick_num_threads_that_is_broken_off_leaves_the_number():
         torch.set_num_threads(before)
 
 
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pick_num_threads_that_is_broken_off_leaves_the_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.pick_num_threads(lambda: 1 / 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_pick_num_threads_sets_the_fastest():
     torch.set_num_threads(6)
     asked = []
@@ -212,6 +333,105 @@ def test_to_device_moves_tensors_and_leaves_the_rest():
     assert images[0].device.type == "meta" and targets[0]["boxes"].device.type == "meta"
     assert targets[0]["image_id"] == "a"
     assert given["boxes"] is boxes
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
+
+
+def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
+    """From freed memory, MPS copies what is there by then."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: asked.append((device, non_blocking)))
+    for name in ("cuda", "mps", "cpu"):
+        to_device([torch.zeros(1)], [{"boxes": torch.zeros(1, 4)}], torch.device(name))
+    assert asked == [(torch.device(name), name == "cuda") for name in ("cuda", "mps", "cpu") for _ in range(2)]
 
 
 def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
@@ -515,6 +735,61 @@ def test_validation_loss_of_no_images():
         validation_loss(FakeLosses([]), [], CPU)
 
 
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
+def test_validation_loss_of_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        validation_loss(FakeLosses([]), [], CPU)
+
+
 # predict
 
 
@@ -697,6 +972,347 @@ def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
     save_checkpoint(path, model=model, optimizer=type(optimizer)(model.parameters(), lr=7.0), scheduler={})
     scheduler.load_state_dict = lambda state: state["lr_lambdas"]
     before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
+    with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
+        resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        ({"best": np.float64(0.5)}, "numpy"),
+        ({"ema": {"model": nn.Linear(1, 1)}}, "torch.nn"),
+        ({"random": 4}, "random"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, state, named):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, epoch=1)
+    with pytest.raises(TypeError, match=named):
+        save_checkpoint(path, **state)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_fits_in_part_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    model, optimizer, scheduler = parts_to_train()
+    other = torch.optim.lr_scheduler.LinearLR(torch.optim.SGD(model.parameters(), lr=7.0))
+    kept = {"model": model, "optimizer": other.optimizer, "scheduler": {"_step_count": 1}}
+    save_checkpoint(path, **kept)
+    scheduler.load_state_dict = lambda state: {}["lr_lambdas"]
+    before = copy.deepcopy(optimizer.state_dict())
+    scheduler.load_state_dict = lambda state: state["last_epoch"]  # as of a schedule of another kind
     with pytest.raises(ValueError, match="last.pt does not fit the scheduler"):
         resume(path, model=model, optimizer=optimizer, scheduler=scheduler)
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]

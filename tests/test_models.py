@@ -265,6 +265,149 @@ def check_replaced(replace, model, part: str, num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("name", [*MINI, "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
+def test_replaced_predictors_are_where_the_model_is():
+    model = maskrcnn_mini_fpn().to("meta")
+    replace_mask_predictor(replace_box_predictor(model, 2), 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_parts_of_a_mini_model_can_be_given():
+    anchors = AnchorGenerator(((24,),) * 5, ((1.0,),) * 5)
+    head = RPNHead(96, 1)
+    model = maskrcnn_mini_fpn(rpn_anchor_generator=anchors, rpn_head=head)
+    assert model.rpn.anchor_generator is anchors and model.rpn.head is head
+
+
 def test_replaced_box_predictor_is_all_that_is_new(name):
     model = detector(name)
     width = model.roi_heads.box_predictor.cls_score.in_features

@@ -557,6 +557,402 @@ def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
         PennFudanDataset(toy_root).get_target(0)
 
 
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
+def test_what_was_moved_away_is_not_cleared_away(archive, tmp_path, local_server):
+    """As the message of a folder that is not PennFudan asks for, and as people name what they keep."""
+    mine = tmp_path / "PennFudanPed.old" / "PNGImages" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    zipped = tmp_path / "PennFudanPed.zip"
+    zipped.write_bytes(b"zip")
+    for path in (mine.parent.parent, zipped):
+        os.utime(path, (0, 0))
+    download_penn_fudan(tmp_path, local_server.serve("/good.zip", archive))
+    assert mine.read_bytes() == b"mine" and zipped.read_bytes() == b"zip"
+
+
+def test_two_downloads_at_once_end_well(archive, tmp_path, local_server, monkeypatch):
+    """The other process's folder appears while this one unpacks."""
+    url = local_server.serve("/good.zip", archive)
+    fetch = penn_fudan._fetch
+
+    def fetch_while_another_does(*args):
+        monkeypatch.setattr(penn_fudan, "_fetch", fetch)
+        download_penn_fudan(tmp_path / "data", url)
+        fetch(*args)
+
+    monkeypatch.setattr(penn_fudan, "_fetch", fetch_while_another_does)
+    assert len(PennFudanDataset(download_penn_fudan(tmp_path / "data", url))) == 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["PennFudanPed"]
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16"])
+def test_mask_of_other_than_8_bits_is_named(toy_root, mode):
+    path = sorted((toy_root / "PedMasks").iterdir())[0]
+    Image.open(path).convert("L").point(bool).convert("1" if mode == "1" else "I").convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*8 bits"):
+        PennFudanDataset(toy_root).get_target(0)
+
+
 def test_download_in_chunks_cut_short(archive, tmp_path, local_server):
     """Without a length, in HTTP's chunks, of which the last never comes."""
     url = local_server.serve("/cut.zip", b"")
