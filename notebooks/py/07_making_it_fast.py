@@ -32,7 +32,7 @@
 # | preset | measures | time |
 # |---|---|---|
 # | `quick` | `maskrcnn_mini_fpn` on drawn scenes | 50 s on one CPU core |
-# | `laptop` | the same on photographs | 1.2 min on one CPU core |
+# | `laptop` | the same on photographs | 1.0 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn` on photographs | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
