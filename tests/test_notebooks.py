@@ -7,7 +7,7 @@ import tomllib
 import nbformat
 import pytest
 
-from tools.notebooks import NOTEBOOKS, ROOT, SOURCES, hashes, library_hash, read_source
+from tools.notebooks import NOTEBOOKS, ROOT, SOURCES, code_of_cells, code_of_module, hashes, library_hash, read_source
 
 NAMES = sorted(path.stem for path in SOURCES.glob("*.py"))
 HEADINGS = ["What you'll do", "Set-up", "Recap", "On your own", "In practice", "Further reading"]
@@ -171,11 +171,16 @@ def test_the_library_hash_is_of_the_modules_that_are_needed(monkeypatch, tmp_pat
 
 
 def test_the_library_hash_sees_code_and_not_prose(tmp_path):
-    from tools.notebooks import code_of_module
-
     text = '"""Doc."""\n# why\ndef f(x):\n    """Doc f."""\n    return x + 1\n'
     assert code_of_module(text) == "def f(x):\n    return x + 1"
     assert code_of_module(text.replace("Doc f.", "Else.\n\n    More.").replace("# why", "# because")) == code_of_module(
         text
     )
     assert code_of_module(text.replace("x + 1", "x + 2")) != code_of_module(text)
+
+
+def test_a_comment_in_a_cell_is_prose():
+    def code(*sources):
+        return code_of_cells(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]))
+
+    assert code("# why\nx = 1", "y = 2") == code("x = 1", "# how\ny = 2") != code("x = 1", "y = 3")

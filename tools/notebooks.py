@@ -40,7 +40,7 @@ BUILD = ROOT / "build"
 
 
 def code_of_module(text: str) -> str:
-    """A module's lines without its docstrings and comment lines, so that prose can change."""
+    """A module's or cell's lines without its docstrings and comment lines, so that prose can change."""
     dropped: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -73,9 +73,9 @@ def library_hash(code: str | None = None) -> str:
 
 
 def code_of_cells(notebook: nbformat.NotebookNode) -> str:
-    """A notebook's code cells, but for the set-up cell, which only installs."""
+    """A notebook's code cells without comment lines, but for the set-up cell, which only installs."""
     cells = [c.source for c in notebook.cells if c.cell_type == "code" and "set-up" not in c.metadata.get("tags", [])]
-    return "\n---\n".join(cells)
+    return "\n---\n".join(map(code_of_module, cells))
 
 
 def hashes(notebook: nbformat.NotebookNode) -> dict[str, str]:

@@ -659,7 +659,7 @@ for (preset_name, _), members in groups.items():
 # before training:
 
 # %%
-# tutorial_lib/models.py
+# tutorial_lib has it too, in models.py; there a context manager keeps the modes.
 from collections.abc import Sequence
 
 import torch
