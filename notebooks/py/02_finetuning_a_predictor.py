@@ -1091,7 +1091,9 @@ plt.show()
 # %% [markdown]
 # They stand in for COCO in the order of the lesson: pre-train, look, finetune. They have never
 # seen a photograph, nor fog, in which the sample of `quick` lies; the zero-shot row
-# above shows it.
+# above shows it. What they are worth is measured by `python -m tests.benchmarks.starter`: after 4 epochs on the 100 photographs of
+# `laptop`, Mask R-CNN has a test mask AP of 0.346 ± 0.016 from these weights and of 0.006 ± 0.007 from random ones (means and
+# spreads of 3 seeds, on 2 CPU cores; `tests/benchmarks/results/starter.json`).
 
 # %% [markdown]
 # ## Recap
