@@ -142,9 +142,9 @@ with expect(RuntimeError):
 # versions that belong together by the table in [torchvision's README](https://github.com/pytorch/vision#installation). On
 # Colab leave both as they are. Where `import torchvision` works, as here, these are both versions, what torchvision's
 # package asks for (a lower bound, in most of its builds: it does not notice a torch that was upgraded alone), and a call of `nms`. Where it
-# does not, the first four lines still do, in a new Python:
+# does not, the lines down to the second `print` still do, in a new Python:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from importlib.metadata import requires, version
 
 print({name: version(name) for name in ("torch", "torchvision")})

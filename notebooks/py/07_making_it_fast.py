@@ -436,7 +436,7 @@ print(*sorted({f"{row['device']}, torch {row['torch']}" for row in rows}), sep="
 #   many proposals are left?), so this is one among many.
 # - Several processes with one thread each can be faster than one process with several threads, on a CPU too:
 #   `python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train` (notebook 04).
-# - A training on the CPU takes and gives back gigabytes of memory a minute, in pages of 4 kB. On Linux, where
+# - A training on the CPU takes memory for large tensors and gives it back in every step, in small pages (4 kB on most machines). On Linux, where
 #   `/sys/kernel/mm/transparent_hugepage/enabled` says `[madvise]`, the environment variable `THP_MEM_ALLOC_ENABLE=1`
 #   lets [PyTorch take large tensors in pages of 2 MB](https://github.com/pytorch/pytorch/pull/107697). Set it before
 #   Python starts. `large_pages_cpu` in the table is what it is worth on the machine there; `make run` and `make test` set it.
