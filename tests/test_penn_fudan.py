@@ -19,6 +19,7 @@ from torchvision import tv_tensors
 
 from tutorial_lib import penn_fudan
 from tutorial_lib.penn_fudan import (
+    AspectRatioBatchSampler,
     PennFudanDataset,
     boxes_from_masks,
     collate_fn,
@@ -624,3 +625,81 @@ def test_redirect_to_an_address_that_is_not_https_is_refused(archive, tmp_path, 
 def test_the_published_address_is_https():
     assert penn_fudan.URL.startswith("https://www.cis.upenn.edu/")
     assert penn_fudan.NUM_IMAGES == 170
+
+
+# Batches of similar shapes
+
+RATIOS = [0.7, 2.0, 1.0, 1.5, 0.9, 1.2, 1.9, 0.8, 1.1, 1.4, 1.3, 1.6, 1.7]
+
+
+def test_an_epoch_of_batches_has_every_image_once_but_for_what_is_left_over():
+    batches = AspectRatioBatchSampler(RATIOS, 4, generator=torch.Generator().manual_seed(0))
+    epochs = [list(batches) for _ in range(20)]
+    for epoch in epochs:
+        assert len(epoch) == len(batches) == 3
+        assert all(len(batch) == 4 for batch in epoch)
+        assert len({index for batch in epoch for index in batch}) == 12
+    assert epochs[0] != epochs[1]
+    assert {index for epoch in epochs for batch in epoch for index in batch} == set(range(13))  # each is trained on
+
+
+def test_images_of_a_batch_have_similar_shapes():
+    ratios = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def spread(window: int) -> float:
+        batches = AspectRatioBatchSampler(ratios, 4, window, generator=torch.Generator().manual_seed(0))
+        return sum(max(ratios[i] for i in batch) - min(ratios[i] for i in batch) for batch in batches) / len(batches)
+
+    assert 0.5 < spread(1) < 0.7  # 0.6 is expected of four numbers
+    assert spread(10) < 0.15
+    assert spread(50) < 0.03
+
+
+def test_the_order_of_batches_is_shuffled_after_sorting():
+    batches = AspectRatioBatchSampler(list(range(40)), 4, generator=torch.Generator().manual_seed(0))
+    smallest = [min(batch) for batch in batches]
+    assert sorted(smallest) == list(range(0, 40, 4)) and smallest != sorted(smallest)
+
+
+def test_torchs_own_generator_decides_the_order_where_none_is_given():
+    batches = AspectRatioBatchSampler(RATIOS, 4)
+    torch.manual_seed(0)
+    first = list(batches)
+    assert list(batches) != first
+    torch.manual_seed(0)
+    assert list(batches) == first
+
+
+def test_processes_share_the_batches():
+    parts = [
+        list(AspectRatioBatchSampler(RATIOS, 2, num_replicas=3, rank=rank, generator=torch.Generator().manual_seed(0)))
+        for rank in range(3)
+    ]
+    whole = list(AspectRatioBatchSampler(RATIOS, 6, generator=torch.Generator().manual_seed(0)))
+    assert [sorted(a + b + c) for a, b, c in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"aspect_ratios": [1.0] * 3}, "3 images are too few for 1 process"),
+        ({"num_replicas": 4, "generator": torch.Generator()}, "too few for 4 process"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"window": 0}, "window 0"),
+        ({"num_replicas": 2, "rank": 2, "generator": torch.Generator()}, "rank 2"),
+        ({"num_replicas": 2}, "a generator each, of the same seed"),
+    ],
+)
+def test_batches_that_cannot_be_drawn(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AspectRatioBatchSampler(**{"aspect_ratios": RATIOS, "batch_size": 4, **arguments})
+
+
+def test_height_and_width_are_those_of_the_image(toy_root, sample_root):
+    assert PennFudanDataset(toy_root).get_height_and_width(0) == (10, 12)
+    dataset = PennFudanDataset(sample_root)
+    for index in range(4):
+        assert dataset.get_height_and_width(index) == tuple(dataset[index][0].shape[-2:])
+    (toy_root / "PedMasks" / "a_mask.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"a_mask\.png cannot be read as an image"):
+        PennFudanDataset(toy_root).get_height_and_width(0)

@@ -2,7 +2,7 @@
 
 Modules, each small enough to copy into a project of your own:
 
-- ``penn_fudan``: the PennFudan data set, its download, a seeded split, ``collate_fn``
+- ``penn_fudan``: the PennFudan data set, its download, a seeded split, batches of similar shapes, ``collate_fn``
 - ``sample``: draws pedestrians in PennFudan's folder layout, for work without a network
 - ``transforms``: ``get_transform(train)``
 - ``models``: the mini models and their weights; replacing predictors
@@ -13,3 +13,8 @@ Modules, each small enough to copy into a project of your own:
 - ``presets``: quick, laptop, full
 - ``train``: the full run as a script, for one process or, under PyTorch's launcher, several
 """
+
+import os
+
+# PyTorch reads this at its first tensor: large ones in pages of 2 MB, where Linux has them (notebook 07).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -4,9 +4,9 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/first
 
 Each process takes its own images, and the gradients are averaged, so two processes make half as many steps, of twice
-the batch size; the learning rate is not changed for it. (On Windows, set ``USE_LIBUV=0`` first.) The epoch is chosen
-on the validation images, and the test images are read once, at the end. The folder then holds ``best.pt``
-(:func:`tutorial_lib.engine.load_checkpoint`) and ``results.json``.
+the batch size, unless ``--batch-size`` halves it; the learning rate is not changed for it. (On Windows, set
+``USE_LIBUV=0`` first.) The epoch is chosen on the validation images, and the test images are read once, at the end.
+The folder then holds ``best.pt`` (:func:`tutorial_lib.engine.load_checkpoint`) and ``results.json``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models import get_model
 
 from tutorial_lib.engine import (
@@ -34,7 +35,7 @@ from tutorial_lib.engine import (
     warmup_cosine,
 )
 from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
-from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn, split_dataset
 from tutorial_lib.presets import PRESETS, Preset, choose_preset, fetch_weights, prepare_data, provenance
 from tutorial_lib.transforms import get_transform
 
@@ -63,15 +64,18 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
     if world > 1 and rank == 0:
         dist.barrier()
 
-    def loader(dataset: Dataset, training: bool) -> DataLoader:
-        sampler = DistributedSampler(dataset, world, rank, shuffle=training, seed=seed, drop_last=training)
-        options = {"drop_last": training, "collate_fn": collate_fn, "pin_memory": device.type == "cuda"}
-        return DataLoader(dataset, preset.batch_size, sampler=sampler, **options)
-
     augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
     plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
-    train_loader = loader(split_dataset(augmented, preset.split, seed=0)[0], training=True)
-    val_loader, test_loader = (loader(part, training=False) for part in split_dataset(plain, preset.split, seed=0)[1:])
+    train_set = split_dataset(augmented, preset.split, seed=0)[0]
+    ratios = [width / height for height, width in map(augmented.get_height_and_width, train_set.indices)]
+    order = torch.Generator().manual_seed(seed)  # the same in every process
+    batches = AspectRatioBatchSampler(ratios, preset.batch_size, num_replicas=world, rank=rank, generator=order)
+    options = {"collate_fn": collate_fn, "pin_memory": device.type == "cuda"}
+    train_loader = DataLoader(train_set, batch_sampler=batches, **options)
+    val_loader, test_loader = (
+        DataLoader(part, preset.batch_size, sampler=DistributedSampler(part, world, rank, shuffle=False), **options)
+        for part in split_dataset(plain, preset.split, seed=0)[1:]
+    )
 
     torch.manual_seed(seed)
     model = get_model(preset.mask_rcnn, weights=preset.weights, min_size=preset.min_size, max_size=preset.max_size)
@@ -82,14 +86,9 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
     steps = len(train_loader)
-    if not steps:
-        raise ValueError(
-            f"{preset.split[0]} images are too few for {world} processes with batches of {preset.batch_size}"
-        )
     schedule = warmup_cosine(optimizer, steps, epochs * steps)
     best, seconds = {"epoch": 0, "validation_mask_AP": -1.0}, 0.0
     for epoch in range(1, epochs + 1):
-        train_loader.sampler.set_epoch(epoch)
         begun = time.perf_counter()
         losses = train_one_epoch(wrapped, optimizer, train_loader, device, lr_scheduler=schedule, progress=rank == 0)
         seconds += time.perf_counter() - begun
@@ -123,11 +122,14 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True, help="a folder, made if need be")
     parser.add_argument("--preset", choices=PRESETS, help="else TUTORIAL_PRESET; else full with CUDA, quick without")
     parser.add_argument("--epochs", type=int, help="else the preset's long_epochs")
+    parser.add_argument("--batch-size", type=int, help="of each process; else the preset's")
     parser.add_argument("--learning-rate", type=float, help="else the preset's")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.epochs is not None and arguments.epochs < 1:
         parser.error(f"--epochs {arguments.epochs}: at least one is needed")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        parser.error(f"--batch-size {arguments.batch_size}: at least one image is needed")
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device()
     if device.type == "cuda":
@@ -140,6 +142,7 @@ if __name__ == "__main__":
     if world > 1:  # an hour for the first process's downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     preset = choose_preset(arguments.preset)
+    preset = replace(preset, batch_size=arguments.batch_size or preset.batch_size)
     epochs = arguments.epochs or preset.long_epochs
     learning_rate = preset.learning_rate if arguments.learning_rate is None else arguments.learning_rate
     results = train(preset, arguments.out, epochs, learning_rate, arguments.seed, device)

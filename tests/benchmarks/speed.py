@@ -13,16 +13,20 @@ import argparse
 import contextlib
 import copy
 import io
-import itertools
 import json
+import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,7 +40,7 @@ from tests.benchmarks import RESULTS, provenance, write_results
 from tests.benchmarks.classic import Classic, ClassicDataset, classic_evaluate, classic_predict, classic_step
 from tutorial_lib.coco_eval import coco_metrics, compare
 from tutorial_lib.engine import evaluate, predict, train_one_epoch, use_bfloat16
-from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn, split_dataset
 from tutorial_lib.presets import Preset, choose_preset, prepare_data
 from tutorial_lib.transforms import get_transform
 
@@ -141,113 +145,195 @@ def sample(in_memory: bool) -> dict:
     return alternating(classic.__getitem__, ours.__getitem__, indices) | {"preset": preset.name}
 
 
-def pair_of_models(
-    preset: Preset, device: torch.device, change: Callable = use_bfloat16, new_predictors: bool = True
-) -> list[torch.nn.Module]:
-    """The preset's Mask R-CNN for people, twice; the second changed. Random weights at full."""
-    torch.manual_seed(0)
-    sizes = {"min_size": preset.min_size[-1], "max_size": preset.max_size}
+def model_of(preset: Preset, device: torch.device, new_predictors: bool = True) -> torch.nn.Module:
+    """The preset's Mask R-CNN for people; with random weights at full."""
+    sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
     if preset.name == "full":
         model = get_model(preset.mask_rcnn, weights=None, weights_backbone=None, num_classes=2, **sizes)
     else:
         model = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
         if new_predictors:
             tutorial_lib.models.replace_mask_predictor(tutorial_lib.models.replace_box_predictor(model, 2), 2)
-    models = [model.to(device), copy.deepcopy(model).to(device)]
-    change(models[1], device)
-    return models
+    return model.to(device)
 
 
 def channels_last(model: torch.nn.Module, device: torch.device) -> None:
     model.to(memory_format=torch.channels_last)
 
 
-def train_step(device: torch.device, change: Callable = use_bfloat16) -> dict:
-    """A training step on 12 batches that are in memory."""
-    preset = preset_at_hand(device)
-    classic, ours = pair_of_models(preset, device, change)
-    dataset = PennFudanDataset(prepare_data(preset), get_transform(train=True))
-    train_set = split_dataset(dataset, preset.split, seed=0)[0]
+def nothing(model: torch.nn.Module, device: torch.device) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A training loop: the classic one, or ours with a change of the model and a window of the batch sampler."""
+
+    classic: bool = False
+    change: Callable = use_bfloat16
+    window: int = 10
+
+
+CLASSIC, OURS = Loop(classic=True, change=nothing), Loop()
+# The classic loop knows nothing of large pages; tutorial_lib switches them on.
+ENVIRONMENT = {CLASSIC: {"THP_MEM_ALLOC_ENABLE": "0"}}
+
+
+def own_process(loop: Loop) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, ENVIRONMENT.get(loop, {})):
+        pool.submit(os.getpid).result()  # starts it
+    return pool
+
+
+def loaders(loop: Loop, preset: Preset) -> tuple[DataLoader, DataLoader]:
+    """Of the training and the test images."""
+    root = prepare_data(preset)
+    kind, options = (ClassicDataset, {}) if loop.classic else (PennFudanDataset, {"in_memory": True})
+    train_set, _, _ = split_dataset(kind(root, get_transform(train=True), **options), preset.split, seed=0)
+    _, _, test_set = split_dataset(kind(root, get_transform(train=False), **options), preset.split, seed=0)
+    how = {"batch_size": preset.batch_size, "shuffle": True, "drop_last": True}
+    if not loop.classic:
+        ratios = [w / h for h, w in map(train_set.dataset.get_height_and_width, train_set.indices)]
+        how = {"batch_sampler": AspectRatioBatchSampler(ratios, preset.batch_size, loop.window)}
+    train_loader = DataLoader(train_set, collate_fn=collate_fn, **how)
+    return train_loader, DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
+
+
+def model_and_optimizer(loop: Loop, preset: Preset, device: torch.device) -> tuple:
     torch.manual_seed(0)
-    loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
-    batches = list(itertools.islice(itertools.cycle(loader), 12))
-    sgd = torch.optim.SGD(classic.parameters(), lr=1e-4, momentum=0.9)
-    adamw = torch.optim.AdamW(ours.parameters(), lr=1e-4, fused=True)
-    classic.train()
-    return alternating(
-        lambda batch: classic_step(classic, sgd, *batch, device),
-        lambda batch: train_one_epoch(ours, adamw, [batch], device, progress=False),
-        batches,
-    ) | {"preset": preset.name, "bfloat16": "forward" in vars(ours.backbone)}
+    model = model_of(preset, device)
+    loop.change(model, device)
+    if loop.classic:
+        return model.train(), torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+prepared: dict = {}  # of a process that times steps
+
+
+def prepare_steps(loop: Loop, device: torch.device) -> int:
+    preset = preset_at_hand(device)
+    model, optimizer = model_and_optimizer(loop, preset, device)
+    train_loader, _ = loaders(loop, preset)
+    torch.manual_seed(0)
+    prepared.update(loop=loop, device=device, model=model, optimizer=optimizer, batches=list(train_loader))
+    return len(prepared["batches"])
+
+
+def timed_step(number: int) -> float:
+    model, optimizer, device = (prepared[name] for name in ("model", "optimizer", "device"))
+    batch = prepared["batches"][number]
+    torch.manual_seed(number)  # both take the same of several min_size
+    begun = time.perf_counter()
+    if prepared["loop"].classic:
+        classic_step(model, optimizer, *batch, device)
+    else:
+        train_one_epoch(model, optimizer, [batch], device, progress=False)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def train_step(device: torch.device, classic: Loop = CLASSIC, ours: Loop = OURS) -> dict:
+    """The mean of the steps of an epoch, on batches that are in memory: one of the one, one of the other, and so on."""
+    pools = {"classic": own_process(classic), "ours": own_process(ours)}
+    with contextlib.ExitStack() as stack:
+        for pool in pools.values():
+            stack.enter_context(pool)
+        prepared_by = [
+            pool.submit(prepare_steps, loop, device).result()
+            for pool, loop in zip(pools.values(), (classic, ours), strict=True)
+        ]
+        seconds: dict[str, list[float]] = {name: [] for name in pools}
+        for number in [0, *range(min(prepared_by))]:  # the first is a warm-up
+            for name, pool in pools.items():
+                seconds[name].append(pool.submit(timed_step, number).result())
+    means = {name: statistics.mean(values[1:]) for name, values in seconds.items()}
+    return means | {
+        "repeats": min(prepared_by),
+        "preset": preset_at_hand(device).name,
+        "bfloat16": fast_bfloat16(device),
+    }
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    return use_bfloat16(torch.nn.Identity(), device)
 
 
 def inference(device: torch.device) -> dict:
     """Detections with a score of at least 0.5 and their masks, of one image after the other, before finetuning."""
     preset = preset_at_hand(device)
-    classic, ours = pair_of_models(preset, device, new_predictors=False)
+    classic = model_of(preset, device, new_predictors=False)
+    ours = copy.deepcopy(classic)
+    use_bfloat16(ours, device)
     dataset = PennFudanDataset(prepare_data(preset), get_transform(train=False))
     images = [dataset[index][0] for index in range(30)]
     return alternating(
         lambda image: classic_predict(classic, [image], device, 0.5),
         lambda image: predict(ours, [image], device, 0.5),
         images,
-    ) | {"preset": preset.name, "bfloat16": "forward" in vars(ours.backbone)}
+    ) | {"preset": preset.name, "bfloat16": fast_bfloat16(device)}
 
 
-def epoch(device: torch.device) -> dict:
-    """The second epoch of training and evaluation on the test images, data included; after one to warm up."""
-    preset = preset_at_hand(device)
-    root = prepare_data(preset)
-    models = pair_of_models(preset, device)
-    row: dict = {"preset": preset.name, "bfloat16": "forward" in vars(models[1].backbone)}
-    for name, model in zip(("classic", "ours"), models, strict=True):
-        kind = ClassicDataset if name == "classic" else PennFudanDataset
-        options = {} if name == "classic" else {"in_memory": True}
-        train_set, _, _ = split_dataset(kind(root, get_transform(train=True), **options), preset.split, seed=0)
-        _, _, test_set = split_dataset(kind(root, get_transform(train=False), **options), preset.split, seed=0)
-        torch.manual_seed(0)
-        train_loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
-        test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        if name == "ours":
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            begun = time.perf_counter()
-            if name == "classic":
-                model.train()
-                for images, targets in train_loader:
-                    classic_step(model, optimizer, images, targets, device)
-            else:
-                train_one_epoch(model, optimizer, train_loader, device, progress=False)
-            trained = time.perf_counter()
-            if name == "classic":
-                classic_evaluate(model, test_loader, device)
-            else:
-                evaluate(model, test_loader, device, progress=False)
-            ended = time.perf_counter()
-        row |= {name: ended - begun, f"{name}_training": trained - begun, f"{name}_evaluation": ended - trained}
-        if device.type == "cuda":
-            row[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
+def two_epochs(loop: Loop, preset: Preset, device: torch.device) -> dict:
+    """Seconds of training and of evaluating the test images, data included, by epoch; and the peak of memory."""
+    model, optimizer = model_and_optimizer(loop, preset, device)
+    train_loader, test_loader = loaders(loop, preset)
+    seconds: dict[str, list[float]] = {"training": [], "evaluation": []}
+    for _ in range(2):
+        begun = time.perf_counter()
+        if loop.classic:
+            model.train()
+            for images, targets in train_loader:
+                classic_step(model, optimizer, images, targets, device)
+        else:
+            train_one_epoch(model, optimizer, train_loader, device, progress=False)
+        trained = time.perf_counter()
+        if loop.classic:
+            classic_evaluate(model, test_loader, device)
+        else:
+            evaluate(model, test_loader, device, progress=False)
+        seconds["training"].append(trained - begun)
+        seconds["evaluation"].append(time.perf_counter() - trained)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return seconds | {"peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak}
+
+
+def epoch(device: torch.device, preset: Preset | None = None) -> dict:
+    """An epoch of training and evaluation after one to warm up, data included; each loop in its own process."""
+    preset = preset or preset_at_hand(device)
+    row: dict = {"preset": preset.name, "bfloat16": fast_bfloat16(device)}
+    for name, loop in {"classic": CLASSIC, "ours": OURS}.items():
+        with own_process(loop) as pool:
+            values = pool.submit(two_epochs, loop, preset, device).result()
+        training, evaluation = values["training"][1], values["evaluation"][1]
+        row |= {name: training + evaluation, f"{name}_training": training, f"{name}_evaluation": evaluation}
+        row[f"{name}_peak_bytes"] = values["peak_bytes"]
     return row
 
 
-def trainings(**ways: tuple[int, dict[str, str]]) -> dict:
-    """The training of two epochs by `tutorial_lib.train`, for each way: how many processes, and their environment."""
-    seconds = {}
-    for name, (count, environment) in ways.items():
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-        with tempfile.TemporaryDirectory() as out:
-            arguments = ["--preset", preset_at_hand(CPU).name, "--epochs", "2", "--out", out]
-            subprocess.run(
-                [sys.executable, *launcher, "-m", "tutorial_lib.train", *arguments],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-            seconds[name] = json.loads((Path(out) / "results.json").read_text())["training_seconds"]
-    return {**seconds, "preset": preset_at_hand(CPU).name, "ways": {name: list(way) for name, way in ways.items()}}
+def script(count: int, **environment: str) -> float:
+    """Seconds of training two epochs by `tutorial_lib.train`, in processes that share the preset's batch."""
+    preset = preset_at_hand(CPU)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    arguments = ["--preset", preset.name, "--epochs", "2", "--batch-size", str(preset.batch_size // count)]
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run(
+            [sys.executable, *launcher, "-m", "tutorial_lib.train", *arguments, "--out", out],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return json.loads((Path(out) / "results.json").read_text())["training_seconds"]
+
+
+def training() -> dict:
+    """Two epochs of training, data included: the classic loop; `tutorial_lib.train`, a process for each core."""
+    preset, cores = preset_at_hand(CPU), torch.get_num_threads()
+    with own_process(CLASSIC) as pool:
+        classic = sum(pool.submit(two_epochs, CLASSIC, preset, CPU).result()["training"])
+    return {"classic": classic, "ours": script(cores, OMP_NUM_THREADS="1"), "preset": preset.name, "processes": cores}
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -256,14 +342,21 @@ WORKS: dict[str, Callable[[], dict]] = {
     "sample_from_cache": lambda: sample(in_memory=True),
     "train_step_cpu": lambda: train_step(CPU),
     "inference_cpu": lambda: inference(CPU),
+    "epoch_quick": lambda: epoch(CPU, choose_preset("quick")),
     "epoch_cpu": lambda: epoch(CPU),
-    "channels_last_cpu": lambda: train_step(CPU, channels_last),
-    "two_processes_cpu": lambda: trainings(
-        classic=(1, {"OMP_NUM_THREADS": str(torch.get_num_threads())}), ours=(2, {"OMP_NUM_THREADS": "1"})
-    ),
-    "large_pages_cpu": lambda: trainings(
-        classic=(1, {"THP_MEM_ALLOC_ENABLE": "0"}), ours=(1, {"THP_MEM_ALLOC_ENABLE": "1"})
-    ),
+    "aspect_ratio_cpu": lambda: train_step(CPU, Loop(window=1), Loop(window=10)),
+    "channels_last_cpu": lambda: train_step(CPU, Loop(change=nothing), Loop(change=channels_last)),
+    "training_cpu": training,
+    "two_processes_cpu": lambda: {
+        "classic": script(1),
+        "ours": script(2, OMP_NUM_THREADS="1"),
+        "preset": preset_at_hand(CPU).name,
+    },
+    "large_pages_cpu": lambda: {
+        "classic": script(1, THP_MEM_ALLOC_ENABLE="0"),
+        "ours": script(1),
+        "preset": preset_at_hand(CPU).name,
+    },
     "evaluator_50": lambda: evaluator(50, paste=True),
     "evaluator_1000": lambda: evaluator(1000, paste=True),
     "evaluator_50_pasted": lambda: evaluator(50, paste=False),

@@ -26,7 +26,7 @@ from tools.notebooks import library_hash
 from tutorial_lib.coco_eval import mean_and_spread
 from tutorial_lib.engine import evaluate, train_one_epoch, use_bfloat16, warmup_cosine
 from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
-from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn, split_dataset
 from tutorial_lib.presets import PRESETS, Preset, choose_preset, prepare_data
 from tutorial_lib.transforms import get_transform
 
@@ -34,8 +34,11 @@ SEEDS = {"quick": range(5), "laptop": range(3)}
 EPOCHS = {"quick": PRESETS["quick"].long_epochs, "laptop": 4}
 
 
-def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
-    """As notebook 04: the epoch is chosen on the validation images, the test images are read for its row alone."""
+def finetune(preset: Preset, seed: int, weights: str | None, window: int = 1) -> dict:
+    """As notebook 04: the epoch is chosen on the validation images, the test images are read for its row alone.
+
+    ``window`` is that of ``AspectRatioBatchSampler``; 1 is plain shuffling.
+    """
     device, root, epochs = torch.device("cpu"), prepare_data(preset), EPOCHS[preset.name]
     augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
     plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
@@ -51,7 +54,9 @@ def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
         row |= {"zero_shot_box_AP": zero_shot.box.AP, "zero_shot_mask_AP": zero_shot.mask.AP}
         replace_mask_predictor(replace_box_predictor(model, 2), 2)
     use_bfloat16(model, device)
-    loader = DataLoader(train_set, preset.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)
+    shapes = map(augmented.get_height_and_width, train_set.indices)
+    batches = AspectRatioBatchSampler([w / h for h, w in shapes], preset.batch_size, window)
+    loader = DataLoader(train_set, batch_sampler=batches, collate_fn=collate_fn)
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate, weight_decay=0.01)
     schedule = warmup_cosine(optimizer, len(loader), epochs * len(loader))
     best, seconds = (-1.0, None), 0.0
