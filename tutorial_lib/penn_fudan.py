@@ -215,13 +215,15 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     """Random batches of images of much the same shape, so that little of a batch is padding.
 
     torchvision's detectors pad the images of a batch to the widest and the tallest, and compute on the padding
-    too. In every epoch the images are shuffled, those of ``window`` batches at a time are sorted by aspect ratio and
-    cut into batches, and these are shuffled. What is left over, less than a batch, is dropped, in every epoch anew.
+    too. In every epoch the images are shuffled and cut into windows, those of a window are sorted by aspect ratio and
+    cut into batches, and the batches are shuffled. What is left over, less than a batch, is dropped, in every epoch
+    anew.
 
     Args:
         aspect_ratios: width / height of every image of the data set, in its order.
         batch_size: of each process.
-        window: 1 is plain shuffling; the more, the less padding, and the less random the batches.
+        num_windows: the fewer, the less padding, and the more often the same images meet again; with one for
+            each batch it is plain shuffling. Notebook 07 shows what both are worth.
         num_replicas: the number of processes. Each takes its part of the same batches, so none waits for
             another that has larger images.
         rank: of this process.
@@ -239,14 +241,16 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
         self,
         aspect_ratios: Sequence[float],
         batch_size: int,
-        window: int = 10,
+        num_windows: int = 5,
         *,
         num_replicas: int = 1,
         rank: int = 0,
         generator: torch.Generator | None = None,
     ):
-        if min(batch_size, window, num_replicas) < 1 or not 0 <= rank < num_replicas:
-            numbers = f"batch_size {batch_size}, window {window}, num_replicas {num_replicas} must be positive"
+        if min(batch_size, num_windows, num_replicas) < 1 or not 0 <= rank < num_replicas:
+            numbers = (
+                f"batch_size {batch_size}, num_windows {num_windows}, num_replicas {num_replicas} must be positive"
+            )
             raise ValueError(f"{numbers}, and rank {rank} from 0 to num_replicas - 1")
         if len(aspect_ratios) < batch_size * num_replicas:
             raise ValueError(
@@ -255,7 +259,7 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
         if num_replicas > 1 and generator is None:
             raise ValueError("several processes draw the same batches only with a generator each, of the same seed")
         self.aspect_ratios = torch.tensor(aspect_ratios, dtype=torch.float64)
-        self.batch_size, self.window, self.generator = batch_size, window, generator
+        self.batch_size, self.num_windows, self.generator = batch_size, num_windows, generator
         self.num_replicas, self.rank = num_replicas, rank
 
     def __len__(self) -> int:
@@ -264,8 +268,8 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         size = self.batch_size * self.num_replicas
         order = torch.randperm(len(self.aspect_ratios), generator=self.generator)[: len(self) * size]
-        sorted_windows = [part[self.aspect_ratios[part].argsort()] for part in order.split(self.window * size)]
-        batches = torch.cat(sorted_windows).split(size)
+        windows = order.split(max(1, len(self) // self.num_windows) * size)
+        batches = torch.cat([window[self.aspect_ratios[window].argsort()] for window in windows]).split(size)
         for number in torch.randperm(len(batches), generator=self.generator).tolist():
             yield batches[number][self.rank :: self.num_replicas].tolist()
 

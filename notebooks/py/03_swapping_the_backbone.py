@@ -656,16 +656,18 @@ for (preset_name, _), members in groups.items():
 # The RPN can only learn to find what some anchor comes near to. torchvision calls an anchor an object from
 # IoU 0.7 with a box, and background under 0.3. A box that no anchor reaches 0.7 with still gets its
 # best one (`allow_low_quality_matches`), however poor, and the regression has to do the rest. So look at that best IoU for every box,
-# before training:
+# before training. (`mode_kept` puts the model back into training or evaluation mode, whichever it was in.)
 
 # %%
-# tutorial_lib has it too, in models.py; there a context manager keeps the modes.
+# tutorial_lib/models.py
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
+
+from tutorial_lib.engine import mode_kept
 
 
 @torch.no_grad()
@@ -677,8 +679,7 @@ def best_anchor_ious(
         raise ValueError(
             f"{len(images)} images and {len(targets)} targets: give one target for each image"
         )
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with mode_kept(model):
         model.eval()
         batch, resized = model.transform(
             list(images), [{"boxes": target["boxes"]} for target in targets]
@@ -686,9 +687,6 @@ def best_anchor_ious(
         features = model.backbone(batch.tensors)
         maps = [features] if isinstance(features, Tensor) else list(features.values())
         anchors = model.rpn.anchor_generator(batch, maps)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return torch.cat(
         [
             box_iou(t["boxes"], a).amax(dim=1)

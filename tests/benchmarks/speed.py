@@ -167,11 +167,11 @@ def nothing(model: torch.nn.Module, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Loop:
-    """A training loop: the classic one, or ours with a change of the model and a window of the batch sampler."""
+    """A training loop: the classic one, or ours with a change of the model and of the batch sampler."""
 
     classic: bool = False
     change: Callable = use_bfloat16
-    window: int = 10
+    num_windows: int = 5
 
 
 CLASSIC, OURS = Loop(classic=True, change=nothing), Loop()
@@ -195,7 +195,7 @@ def loaders(loop: Loop, preset: Preset) -> tuple[DataLoader, DataLoader]:
     how = {"batch_size": preset.batch_size, "shuffle": True, "drop_last": True}
     if not loop.classic:
         ratios = [w / h for h, w in map(train_set.dataset.get_height_and_width, train_set.indices)]
-        how = {"batch_sampler": AspectRatioBatchSampler(ratios, preset.batch_size, loop.window)}
+        how = {"batch_sampler": AspectRatioBatchSampler(ratios, preset.batch_size, loop.num_windows)}
     train_loader = DataLoader(train_set, collate_fn=collate_fn, **how)
     return train_loader, DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
 
@@ -344,7 +344,7 @@ WORKS: dict[str, Callable[[], dict]] = {
     "inference_cpu": lambda: inference(CPU),
     "epoch_quick": lambda: epoch(CPU, choose_preset("quick")),
     "epoch_cpu": lambda: epoch(CPU),
-    "aspect_ratio_cpu": lambda: train_step(CPU, Loop(window=1), Loop(window=10)),
+    "aspect_ratio_cpu": lambda: train_step(CPU, Loop(num_windows=1000), Loop()),
     "channels_last_cpu": lambda: train_step(CPU, Loop(change=nothing), Loop(change=channels_last)),
     "training_cpu": training,
     "two_processes_cpu": lambda: {

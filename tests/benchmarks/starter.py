@@ -34,10 +34,10 @@ SEEDS = {"quick": range(5), "laptop": range(3)}
 EPOCHS = {"quick": PRESETS["quick"].long_epochs, "laptop": 4}
 
 
-def finetune(preset: Preset, seed: int, weights: str | None, window: int = 1) -> dict:
+def finetune(preset: Preset, seed: int, weights: str | None, num_windows: int = 1000) -> dict:
     """As notebook 04: the epoch is chosen on the validation images, the test images are read for its row alone.
 
-    ``window`` is that of ``AspectRatioBatchSampler``; 1 is plain shuffling.
+    ``num_windows`` is that of ``AspectRatioBatchSampler``; so many are plain shuffling.
     """
     device, root, epochs = torch.device("cpu"), prepare_data(preset), EPOCHS[preset.name]
     augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
@@ -55,7 +55,7 @@ def finetune(preset: Preset, seed: int, weights: str | None, window: int = 1) ->
         replace_mask_predictor(replace_box_predictor(model, 2), 2)
     use_bfloat16(model, device)
     shapes = map(augmented.get_height_and_width, train_set.indices)
-    batches = AspectRatioBatchSampler([w / h for h, w in shapes], preset.batch_size, window)
+    batches = AspectRatioBatchSampler([w / h for h, w in shapes], preset.batch_size, num_windows)
     loader = DataLoader(train_set, batch_sampler=batches, collate_fn=collate_fn)
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate, weight_decay=0.01)
     schedule = warmup_cosine(optimizer, len(loader), epochs * len(loader))
