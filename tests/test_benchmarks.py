@@ -9,6 +9,8 @@ from tests.benchmarks import RESULTS
 from tests.benchmarks.backbones import BUDGETS, TRUNKS
 from tests.benchmarks.speed import WORKS
 from tests.benchmarks.starter import EPOCHS, SEEDS, summary
+from tests.benchmarks.windows import NUM_WINDOWS
+from tests.benchmarks.windows import SEEDS as WINDOWS_SEEDS
 from tools.notebooks import ROOT
 
 PROVENANCE = {"device", "threads", "torch", "torchvision", "python", "date"}
@@ -66,3 +68,13 @@ def test_starter_weights_are_worth_having():
         for weights in ("DEFAULT", "random")
     }
     assert min(by_weights["DEFAULT"]) > max(by_weights["random"]) + 0.05
+
+
+def test_every_number_of_windows_is_measured_with_every_seed():
+    rows = stored("windows")["rows"]
+    wanted = [
+        (name, number, seed) for name, numbers in NUM_WINDOWS.items() for number in numbers for seed in WINDOWS_SEEDS
+    ]
+    assert sorted((row["preset"], row["num_windows"], row["seed"]) for row in rows) == sorted(wanted)
+    for name in NUM_WINDOWS:
+        assert {row["epochs"] for row in rows if row["preset"] == name} == {EPOCHS[name]}

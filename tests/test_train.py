@@ -55,7 +55,7 @@ def test_evaluation_in_parts_is_evaluation_of_the_whole(sample_root, tmp_path, p
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_script_trains_chooses_and_reports(tmp_path, processes):
     command = ["-m", "tutorial_lib.train", "--preset", "quick", "--epochs", "2", "--out", str(tmp_path)]
-    finished = launch(processes, *command)
+    finished = launch(processes, *command, "--batch-size", str(4 // processes))
     assert finished.returncode == 0, finished.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert finished.stdout.count("epoch 2/2") == 1  # said once, not by every process
@@ -65,6 +65,31 @@ def test_the_script_trains_chooses_and_reports(tmp_path, processes):
     checkpoint = load_checkpoint(tmp_path / "best.pt")
     assert checkpoint["epoch"] == results["epoch"] and checkpoint["preset"] == "quick"
     assert not any(name.startswith("module.") for name in checkpoint["model"])  # loads without a process group
+
+
+@pytest.mark.parametrize("argument", ["--epochs", "--batch-size"])
+def test_a_number_that_is_not_positive_is_refused(tmp_path, argument):
+    finished = launch(1, "-m", "tutorial_lib.train", "--preset", "quick", argument, "0", "--out", str(tmp_path / "out"))
+    assert finished.returncode == 2
+    assert f"{argument} 0: at least one" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_images_are_refused(tmp_path):
+    command = ["-m", "tutorial_lib.train", "--preset", "quick", "--batch-size", "41", "--out", str(tmp_path)]
+    finished = launch(1, *command)
+    assert finished.returncode != 0
+    assert "40 images are too few for 1 process(es) with batches of 41" in finished.stderr
+
+
+def test_large_pages_are_asked_for_unless_the_user_has_chosen():
+    code = "import os, tutorial_lib; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    without = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    for chosen, expected in (({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")):
+        finished = subprocess.run(
+            [sys.executable, "-c", code], env=without | chosen, capture_output=True, text=True, check=True
+        )
+        assert finished.stdout.strip() == expected
 
 
 def test_a_failure_of_one_process_ends_the_run(tmp_path):

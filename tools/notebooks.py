@@ -119,7 +119,6 @@ def execute(notebook: nbformat.NotebookNode, name: str) -> float:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # notebook 07
     begun = time.perf_counter()
     _Reporter(
         notebook, timeout=None, kernel_name="python3", coalesce_streams=True,

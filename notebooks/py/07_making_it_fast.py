@@ -23,7 +23,8 @@
 #
 # - put a clock on each part of the classic loop;
 # - look into one training step with PyTorch's profiler;
-# - keep decoded images, choose the number of threads, compute in bfloat16, and measure what each is worth;
+# - keep decoded images, leave out padding, choose the number of threads, compute in bfloat16, and measure what each is
+#   worth;
 # - paste only the masks that somebody looks at;
 # - add it all up, beside a table that was measured with more patience.
 #
@@ -238,6 +239,81 @@ assert per_sample["in memory"] < per_sample["from disk"]
 # It fits for data sets of a few thousand images. For more, `num_workers` of the `DataLoader` decode while the model
 # computes; that helps where there are cores to spare, so with a card.
 #
+# ## Padding: images of one shape in a batch
+#
+# The images of a batch become one tensor: the model scales each until its shorter side is `min_size`, and pads all of them to
+# the widest and the tallest. It computes on the padding as on the rest. How much of the batches is that?
+
+# %%
+plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
+plain_train, _, _ = split_dataset(plain, preset.split, SEED)
+shapes = [plain.get_height_and_width(index) for index in plain_train.indices]
+ratios = [width / height for height, width in shapes]
+
+
+def share_of_padding(sampler):
+    real = whole = 0
+    for images, _ in DataLoader(
+        plain_train, batch_sampler=sampler, collate_fn=collate_fn
+    ):
+        batch, _ = model.transform([image.to(device) for image in images])
+        real += sum(height * width for height, width in batch.image_sizes)
+        whole += batch.tensors[:, 0].numel()
+    return 1 - real / whole
+
+
+# %% [markdown]
+# The library's `AspectRatioBatchSampler` shuffles the images, cuts them into windows, sorts each window by aspect ratio, cuts it
+# into batches, and shuffles the batches. With a window for each batch nothing is sorted. With a single window there is least
+# padding, but nearly the same images meet in every epoch:
+
+# %%
+from tutorial_lib.penn_fudan import AspectRatioBatchSampler
+
+torch.manual_seed(SEED)
+padding = {}
+for num_windows in (len(ratios) // preset.batch_size, 5, 1):
+    sampler = AspectRatioBatchSampler(ratios, preset.batch_size, num_windows)
+    padding[f"{num_windows} window(s)"] = share_of_padding(sampler)
+figure, axes = plt.subplots(figsize=(6, 1.7), layout="constrained")
+bars = axes.barh(list(padding), [100 * share for share in padding.values()])
+axes.bar_label(bars, fmt="%.0f %%", padding=3)
+axes.set(xlabel="padding, in percent of the pixels that are computed")
+axes.margins(x=0.15)
+axes.invert_yaxis()
+plt.show()
+most, *_, least = padding.values()
+assert least < most
+
+# %% [markdown]
+# Whether AP stays is a question for whole trainings. `python -m tests.benchmarks.windows` asked it in a clone of this project:
+# notebook 04's finetuning with three seeds each, on drawn scenes (`quick`: 10 batches an epoch, 10 epochs) and on photographs
+# (`laptop`: 25 batches an epoch, 4 epochs), on a CPU:
+
+# %%
+import json
+from itertools import groupby
+from pathlib import Path
+
+from tutorial_lib.coco_eval import mean_and_spread
+
+results = Path("../tests/benchmarks/results")
+in_clone = (results / "windows.json").exists()
+rows = json.loads((results / "windows.json").read_text())["rows"] if in_clone else []
+if not rows:
+    print("the table is in the project's repository: clone it to see it here")
+print(f"{'preset':8}{'windows':>8}{'box AP':>16}{'mask AP':>16}")
+for key, group in groupby(rows, lambda row: (row["preset"], row["num_windows"])):
+    runs = list(group)
+    print(f"{key[0]:8}{key[1]:8}", end="")
+    for name in ("box_AP", "mask_AP"):
+        mean, spread = mean_and_spread([run[name] for run in runs])
+        print(f"{mean:8.3f} ± {spread:.3f}", end="")
+    print()
+
+# %% [markdown]
+# @VERDICT@
+#
 # ## Threads: not always more
 #
 # On a CPU, PyTorch shares each operation out among threads, one for each core. They wait for each
@@ -310,7 +386,6 @@ assert abs(compared["bfloat16"] / compared["float32"] - 1) < 0.1
 # %%
 from tutorial_lib.engine import predict
 
-plain = PennFudanDataset(root, get_transform(train=False))
 picture = plain[0][0].to(device)
 sizes = {"min_size": preset.min_size[-1], "max_size": preset.max_size}
 pretrained = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
@@ -346,15 +421,16 @@ plt.show()
 # ## All together
 #
 # An epoch of a few batches, as it was and as it is now, one after the other: classic data and step, then the
-# library's `train_one_epoch` on samples in memory. On a processor without bfloat16 and with small images there is little to gain
-# here, and chance may even turn the order.
+# library's `train_one_epoch` on samples in memory, in batches of similar shapes (of so few images all are sorted). With small
+# images on a processor without bfloat16 there is little to gain here, and chance may even turn the order.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import train_one_epoch
 
 fast_set, _, _ = split_dataset(in_memory, preset.split, SEED)
 fast_few = Subset(fast_set, range(BATCHES * preset.batch_size))
-fast_loader = DataLoader(fast_few, preset.batch_size, collate_fn=collate_fn)
+similar = AspectRatioBatchSampler(ratios[: len(fast_few)], preset.batch_size, 1)
+fast_loader = DataLoader(fast_few, batch_sampler=similar, collate_fn=collate_fn)
 [fast_few[index] for index in range(len(fast_few))]  # decoded once
 fast_optimizer = torch.optim.AdamW(fast_model.parameters(), lr=1e-4, fused=True)
 begun = now()
@@ -373,11 +449,8 @@ print({name: f"{value:.1f} s" for name, value in whole_epoch.items()})
 # In a clone, `python -m tests.benchmarks.speed` makes it anew; with a card, also the works on CUDA.
 
 # %%
-import json
-from pathlib import Path
-
-results = Path("../tests/benchmarks/results/speed.json")
-rows = json.loads(results.read_text())["rows"] if results.exists() else []
+in_clone = (results / "speed.json").exists()
+rows = json.loads((results / "speed.json").read_text())["rows"] if in_clone else []
 if not rows:
     print("the table is in the project's repository: clone it to see it here")
 print(f"{'work':24}{'preset':8}{'classic':>10}{'ours':>10}{'ratio':>7}")
@@ -388,11 +461,14 @@ for row in rows:
     )
 
 # %% [markdown]
-# `sample_…` is one image with its target; `train_step_…` and `inference_…` are those of this notebook. `evaluator_N` is N
-# images with 100 detections each; `_pasted` gives both evaluators full-size masks. `channels_last_…` puts a single
-# change beside the plain step; where its ratio is under 1 it made the step slower, and the library leaves it out.
-# `two_processes_cpu` is the training of `tutorial_lib.train`, in one process with two threads and in two with one thread each;
-# `large_pages_cpu` is the same training without and with large pages of memory (below, under "In practice").
+# `sample_…` is one image with its target; `train_step_…` and `inference_…` are those of this notebook, with the whole
+# preset's images. `epoch_…` is an epoch of training and the evaluation of the test images, data included. `training_cpu` is four
+# epochs of training: the classic loop beside `tutorial_lib.train` with a process for each core, four images a step both.
+# `evaluator_N` is N images with 100 detections each; `_pasted` gives both evaluators full-size masks.
+#
+# The others put a single change beside the library's loop without it: `aspect_ratio_…` batches of similar shapes, `channels_last_…`
+# that memory format, `large_pages_…` large pages of memory (below, under "In practice"), and `two_processes_…` two
+# processes of one thread in place of one with two. Where the ratio is under 1 the change made it slower, and the library leaves it out.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -414,6 +490,7 @@ print(*sorted({f"{row['device']}, torch {row['torch']}" for row in rows}), sep="
 #
 # - **Measure** before you change anything, and side by side.
 # - **Keep** decoded images where they fit into memory.
+# - **Group** images of similar shape, and look at AP.
 # - **Try** the number of threads on a CPU; the most is not always the best.
 # - **Compute** convolutions in bfloat16 where the processor is faster in it, and boxes in float32.
 # - **Leave out** work whose result nobody reads.
@@ -438,8 +515,8 @@ print(*sorted({f"{row['device']}, torch {row['torch']}" for row in rows}), sep="
 #   `python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train` (notebook 04).
 # - A training on the CPU takes memory for large tensors and gives it back in every step, in small pages (4 kB on most machines). On Linux, where
 #   `/sys/kernel/mm/transparent_hugepage/enabled` says `[madvise]`, the environment variable `THP_MEM_ALLOC_ENABLE=1`
-#   lets [PyTorch take large tensors in pages of 2 MB](https://github.com/pytorch/pytorch/pull/107697). Set it before
-#   Python starts. `large_pages_cpu` in the table is what it is worth on the machine there; `make run` and `make test` set it.
+#   lets [PyTorch take large tensors in pages of 2 MB](https://github.com/pytorch/pytorch/pull/107697). PyTorch reads it at its first
+#   tensor; `import tutorial_lib` sets it, unless you have set it yourself. `large_pages_cpu` in the table is what it is worth on the machine there.
 # - A smaller `min_size` often gains more than all of the above; notebook 03 measures what it costs in AP.
 # - The clock of a notebook's cell includes what PyTorch does once: choosing kernels, reserving memory. Leave the first
 #   round out.

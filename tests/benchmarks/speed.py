@@ -276,12 +276,12 @@ def inference(device: torch.device) -> dict:
     ) | {"preset": preset.name, "bfloat16": fast_bfloat16(device)}
 
 
-def two_epochs(loop: Loop, preset: Preset, device: torch.device) -> dict:
+def epochs(loop: Loop, preset: Preset, device: torch.device, count: int = 2) -> dict:
     """Seconds of training and of evaluating the test images, data included, by epoch; and the peak of memory."""
     model, optimizer = model_and_optimizer(loop, preset, device)
     train_loader, test_loader = loaders(loop, preset)
     seconds: dict[str, list[float]] = {"training": [], "evaluation": []}
-    for _ in range(2):
+    for _ in range(count):
         begun = time.perf_counter()
         if loop.classic:
             model.train()
@@ -306,18 +306,21 @@ def epoch(device: torch.device, preset: Preset | None = None) -> dict:
     row: dict = {"preset": preset.name, "bfloat16": fast_bfloat16(device)}
     for name, loop in {"classic": CLASSIC, "ours": OURS}.items():
         with own_process(loop) as pool:
-            values = pool.submit(two_epochs, loop, preset, device).result()
+            values = pool.submit(epochs, loop, preset, device).result()
         training, evaluation = values["training"][1], values["evaluation"][1]
         row |= {name: training + evaluation, f"{name}_training": training, f"{name}_evaluation": evaluation}
         row[f"{name}_peak_bytes"] = values["peak_bytes"]
     return row
 
 
-def script(count: int, **environment: str) -> float:
-    """Seconds of training two epochs by `tutorial_lib.train`, in processes that share the preset's batch."""
+EPOCHS = 4  # of the trainings below
+
+
+def script(count: int, **environment: str) -> dict:
+    """The results of `tutorial_lib.train`, seed 0, in processes that share the preset's batch."""
     preset = preset_at_hand(CPU)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    arguments = ["--preset", preset.name, "--epochs", "2", "--batch-size", str(preset.batch_size // count)]
+    arguments = ["--preset", preset.name, "--epochs", str(EPOCHS), "--batch-size", str(preset.batch_size // count)]
     with tempfile.TemporaryDirectory() as out:
         subprocess.run(
             [sys.executable, *launcher, "-m", "tutorial_lib.train", *arguments, "--out", out],
@@ -325,15 +328,25 @@ def script(count: int, **environment: str) -> float:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        return json.loads((Path(out) / "results.json").read_text())["training_seconds"]
+        return json.loads((Path(out) / "results.json").read_text())
+
+
+def two_scripts(classic: dict, ours: dict) -> dict:
+    row = {"preset": preset_at_hand(CPU).name, "epochs": EPOCHS}
+    for name, results in {"classic": classic, "ours": ours}.items():
+        row |= {name: results["training_seconds"]}
+        row |= {f"{name}_{kind}": results[kind] for kind in ("box_AP", "mask_AP")}
+    return row
 
 
 def training() -> dict:
-    """Two epochs of training, data included: the classic loop; `tutorial_lib.train`, a process for each core."""
+    """Training, data included: the classic loop, and `tutorial_lib.train` with a process for each core."""
     preset, cores = preset_at_hand(CPU), torch.get_num_threads()
     with own_process(CLASSIC) as pool:
-        classic = sum(pool.submit(two_epochs, CLASSIC, preset, CPU).result()["training"])
-    return {"classic": classic, "ours": script(cores, OMP_NUM_THREADS="1"), "preset": preset.name, "processes": cores}
+        classic = sum(pool.submit(epochs, CLASSIC, preset, CPU, EPOCHS).result()["training"])
+    ours = script(cores, OMP_NUM_THREADS="1")
+    row = {"classic": classic, "ours": ours["training_seconds"], "preset": preset.name, "epochs": EPOCHS}
+    return row | {"processes": cores}
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -347,16 +360,8 @@ WORKS: dict[str, Callable[[], dict]] = {
     "aspect_ratio_cpu": lambda: train_step(CPU, Loop(num_windows=1000), Loop()),
     "channels_last_cpu": lambda: train_step(CPU, Loop(change=nothing), Loop(change=channels_last)),
     "training_cpu": training,
-    "two_processes_cpu": lambda: {
-        "classic": script(1),
-        "ours": script(2, OMP_NUM_THREADS="1"),
-        "preset": preset_at_hand(CPU).name,
-    },
-    "large_pages_cpu": lambda: {
-        "classic": script(1, THP_MEM_ALLOC_ENABLE="0"),
-        "ours": script(1),
-        "preset": preset_at_hand(CPU).name,
-    },
+    "two_processes_cpu": lambda: two_scripts(script(1), script(2, OMP_NUM_THREADS="1")),
+    "large_pages_cpu": lambda: two_scripts(script(1, THP_MEM_ALLOC_ENABLE="0"), script(1)),
     "evaluator_50": lambda: evaluator(50, paste=True),
     "evaluator_1000": lambda: evaluator(1000, paste=True),
     "evaluator_50_pasted": lambda: evaluator(50, paste=False),
