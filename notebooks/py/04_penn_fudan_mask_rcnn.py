@@ -32,7 +32,7 @@
 # | preset | model | epochs | time |
 # |---|---|---|---|
 # | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 2.1 min on one CPU core |
-# | `laptop` | the same, 208 to 320 pixels | 24 | 15 min on 2 CPU cores |
+# | `laptop` | the same, 208 to 320 pixels | 24 | 19 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn`, 44.4 M parameters, 800 pixels | 10 | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
@@ -506,7 +506,8 @@ plt.show()
 # ```
 #
 # Each process takes its own images, and the gradients are averaged. Two processes make half as many steps, each on twice the
-# images, so the numbers are not those of one process. `evaluate` gathers what the processes have compared, so that
+# images (`--batch-size` changes that), so the numbers are not those of one process. Images of similar shape go into a batch together,
+# which saves time (notebook [07](07_making_it_fast.ipynb)). `evaluate` gathers what the processes have compared, so that
 # each image counts once, whatever their number.
 
 # %% [markdown]

@@ -312,7 +312,9 @@ for key, group in groupby(rows, lambda row: (row["preset"], row["num_windows"]))
     print()
 
 # %% [markdown]
-# @VERDICT@
+# In these rows, five windows leave both APs on photographs within the spread of the seeds. On the drawn scenes, a single window, so nearly
+# the same ten batches in every epoch, costs 0.07 mask AP, and five windows 0.03. The library's default is five, and
+# `tutorial_lib.train` uses it; notebook 04 shuffles plainly.
 #
 # ## Threads: not always more
 #
