@@ -32,8 +32,8 @@
 #
 # | preset | measures | time |
 # |---|---|---|
-# | `quick` | `maskrcnn_mini_fpn` on drawn scenes | 50 s on one CPU core |
-# | `laptop` | the same on photographs | 1.0 min on one CPU core |
+# | `quick` | `maskrcnn_mini_fpn` on drawn scenes | 60 s on one CPU core |
+# | `laptop` | the same on photographs | 1.1 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn` on photographs | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
@@ -471,6 +471,10 @@ for row in rows:
 # The others put a single change beside the library's loop without it: `aspect_ratio_…` batches of similar shapes, `channels_last_…`
 # that memory format, `large_pages_…` large pages of memory (below, under "In practice"), and `two_processes_…` two
 # processes of one thread in place of one with two. Where the ratio is under 1 the change made it slower, and the library leaves it out.
+#
+# Only what was timed in turn, samples, steps and predictions, is sure to a few percent. Trainings and epochs were timed once, one way after the
+# other, and the machine was not equally fast all the time: the library's own step took 0.99 s in the row `train_step_cpu` and 1.44 s in
+# `channels_last_cpu`, within half an hour.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
