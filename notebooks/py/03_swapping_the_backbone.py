@@ -34,7 +34,7 @@
 # | preset | compared with | trunks start from | time |
 # |---|---|---|---|
 # | `quick` | `fasterrcnn_mini_fpn` | random weights | 2.6 min on one CPU core |
-# | `laptop` | the same | random weights | 20 min on one CPU core |
+# | `laptop` | the same | random weights | 22 min on one CPU core |
 # | `full` | `fasterrcnn_resnet50_fpn` | ImageNet weights | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
@@ -600,7 +600,8 @@ for (preset_name, name_of_device), members in groups.items():
         )
 
 # %% [markdown]
-# An AP of 0 beside a loss like that of the others, as `mobilenet_v3_large_fpn` has it, is a lesson of its own: MobileNetV3's BatchNorm moves its
+# At `quick`, 30 steps from random weights are too few for any of them. At `laptop`, an AP of 0 beside a loss like that of the others, as
+# `mobilenet_v3_large_fpn` has it, is a lesson of its own: MobileNetV3's BatchNorm moves its
 # statistics by a hundredth in each step (`momentum=0.01`). After 150 steps from random weights a fifth of their first values is still
 # in them (0.99 to the power of 150 is 0.22), and evaluation normalises with those. The small models of this project use 0.1.
 #
