@@ -464,8 +464,8 @@ for row in rows:
 
 # %% [markdown]
 # `sample_…` is one image with its target; `train_step_…` and `inference_…` are those of this notebook, with the whole
-# preset's images. `epoch_…` is an epoch of training and the evaluation of the test images, data included. `training_cpu` is four
-# epochs of training: the classic loop beside `tutorial_lib.train` with a process for each core, four images a step both.
+# preset's images. `epoch_…` is an epoch of training and the evaluation of the test images, data included. `training_cpu` is two
+# epochs of training, the mean of two rounds: the classic loop beside `tutorial_lib.train` with a process for each core, four images a step both.
 # `evaluator_N` is N images with 100 detections each; `_pasted` gives both evaluators full-size masks.
 #
 # The others put a single change beside the library's loop without it: `aspect_ratio_…` batches of similar shapes, `channels_last_…`
