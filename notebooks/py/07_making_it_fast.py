@@ -472,8 +472,8 @@ for row in rows:
 # that memory format, `large_pages_…` large pages of memory (below, under "In practice"), and `two_processes_…` two
 # processes of one thread in place of one with two. Where the ratio is under 1 the change made it slower, and the library leaves it out.
 #
-# Only what was timed in turn, samples, steps and predictions, is sure to a few percent. Trainings and epochs were timed once, one way after the
-# other, and the machine was not equally fast all the time: the library's own step took 0.99 s in the row `train_step_cpu` and 1.44 s in
+# Only what was timed in turn, samples, steps and predictions, is sure to a few percent. Epochs and the trainings of `two_processes_…` and `large_pages_…` were
+# timed once, one way after the other, and the machine was not equally fast all the time: the library's own step took 0.99 s in the row `train_step_cpu` and 1.44 s in
 # `channels_last_cpu`, within half an hour.
 
 # %%
