@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import box_iou
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from tutorial_lib import models
 from tutorial_lib.models import (
+    EmbeddingBagRoIAlign,
     backbone_with_fpn,
     best_anchor_ious,
     feature_nodes,
@@ -33,6 +34,69 @@ DETECTION_LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_
 def build(name: str, weights=None, **kwargs):
     torch.manual_seed(0)
     return torchvision.models.get_model(name, weights=weights, **kwargs)
+
+
+# RoIAlign
+
+
+def pyramid(levels: int) -> dict[str, Tensor]:
+    """Feature maps of two images of 96 x 128 pixels, from stride 4, and one that is not asked for."""
+    torch.manual_seed(0)
+    maps = {str(k): torch.randn(2, 5, 24 >> k, 32 >> k, dtype=torch.float64) for k in range(levels)}
+    return {name: value.requires_grad_() for name, value in {**maps, "pool": torch.randn(2, 5, 1, 1)}.items()}
+
+
+def boxes_of_all_kinds() -> list[Tensor]:
+    """Small to larger than the image, over its edges, outside of it, and without area."""
+    torch.manual_seed(1)
+    xy = torch.rand(60, 2, dtype=torch.float64) * torch.tensor([128, 96])
+    wh = torch.rand(60, 2, dtype=torch.float64) * torch.tensor([[8.0], [60.0], [400.0]]).repeat(20, 1)
+    odd = torch.tensor([[-50, -50, -9, -9], [-3, -3, 5, 200], [10, 10, 10, 10], [0, 0, 128, 96]], dtype=torch.float64)
+    return [torch.cat([xy, xy + wh], dim=1), odd]
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize(("output_size", "sampling_ratio"), [(7, 2), ((3, 5), 3), (14, 1), (7, 0)])
+def test_the_embedding_bag_is_torchvisions_roi_align(levels, output_size, sampling_ratio):
+    names = [str(k) for k in range(levels)]
+    features, boxes = pyramid(levels), boxes_of_all_kinds()
+    results = []
+    for kind in (MultiScaleRoIAlign, EmbeddingBagRoIAlign):
+        pool = kind(names, output_size, sampling_ratio, canonical_scale=50)
+        values = pool(features, boxes, [(96, 128)] * 2)
+        gradients = torch.autograd.grad((values * values.detach().cos()).sum(), [features[name] for name in names])
+        assert all(gradient.any() for gradient in gradients)  # every level is used
+        results.append([values, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_the_embedding_bag_takes_images_without_boxes():
+    features = {name: value.float() for name, value in pyramid(4).items()}
+    pool = EmbeddingBagRoIAlign(["0", "1", "2", "3"], 7, 2)
+    boxes = torch.tensor([[3.0, 4.0, 50.0, 60.0]])
+    assert pool(features, [boxes[:0], boxes[:0]], [(96, 128)] * 2).shape == (0, 5, 7, 7)
+    of_second = pool(features, [boxes[:0], boxes], [(96, 128)] * 2)
+    alone = {name: value[1:] for name, value in features.items()}
+    torch.testing.assert_close(of_second, pool(alone, [boxes], [(96, 128)]))
+
+
+def test_the_gradient_of_the_embedding_bag_is_the_same_each_time():
+    features, pool = pyramid(4), EmbeddingBagRoIAlign(["0", "1", "2", "3"], 7, 2)
+    values = pool(features, boxes_of_all_kinds(), [(96, 128)] * 2)
+    first, second = (torch.autograd.grad(values.sum(), features["0"], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_mini_model_predicts_as_with_torchvisions_roi_align(sample_root):
+    names = ["0", "1", "2", "3"]
+    theirs = {"box_roi_pool": MultiScaleRoIAlign(names, 7, 2), "mask_roi_pool": MultiScaleRoIAlign(names, 14, 2)}
+    image = get_transform(train=False)(*PennFudanDataset(sample_root)[0])[0]
+    with torch.inference_mode():
+        predictions = [
+            build("maskrcnn_mini_fpn", weights="DEFAULT", **pools).eval()([image])[0] for pools in ({}, theirs)
+        ]
+    assert len(predictions[0]["boxes"])
+    torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-3)
 
 
 # The mini models
