@@ -36,7 +36,7 @@ from tutorial_lib.engine import (
     warmup_cosine,
 )
 from tutorial_lib.models import maskrcnn_mini_fpn
-from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn
+from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn
 from tutorial_lib.transforms import get_transform
 from tutorial_lib.weights.pretrain import HELD_OUT, DrawnScenes
 
@@ -206,6 +206,20 @@ def test_a_copy_of_a_bfloat16_model_computes_with_its_own_weights():
     assert all(feature.any() for feature in model.backbone(images).values())
 
 
+def test_a_bfloat16_model_can_be_saved_whole(tmp_path):
+    model = mini_model()
+    compute_in_bfloat16(model.backbone)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(dict(loaded.backbone(x=images)), dict(model.backbone(images)))
+
+
+def test_use_bfloat16_says_when_it_has_changed_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert use_bfloat16(nn.Linear(2, 2), torch.device("cuda")) is False
+
+
 def test_to_device_moves_tensors_and_leaves_the_rest():
     image, boxes = torch.zeros(3, 4, 4), torch.zeros(2, 4)
     given = {"boxes": boxes, "image_id": "a"}
@@ -225,6 +239,13 @@ def test_to_device_waits_for_a_copy_except_to_cuda(monkeypatch):
 
 
 # evaluate
+
+
+def test_evaluation_in_parts_of_a_batch_sampler_is_refused(dataset):
+    batches = AspectRatioBatchSampler([1.0] * len(dataset), 1, num_replicas=2, generator=torch.Generator())
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn)
+    with pytest.raises(ValueError, match="batch_sampler that leaves images to other processes"):
+        evaluate(mini_model(), loader, torch.device("cpu"), progress=False)
 
 
 def test_evaluate_gives_an_oracle_full_marks(dataset):

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kornia_rs.io import decode_image_png_u8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision import tv_tensors
 
 from tutorial_lib import penn_fudan
@@ -24,6 +26,7 @@ from tutorial_lib.penn_fudan import (
     boxes_from_masks,
     collate_fn,
     download_penn_fudan,
+    read_image,
     split_dataset,
 )
 from tutorial_lib.transforms import get_transform
@@ -57,6 +60,18 @@ def toy_root(tmp_path: Path) -> Path:
         Image.fromarray(pixels).save(root / "PNGImages" / f"{name}.png")
         Image.fromarray(mask).save(root / "PedMasks" / f"{name}_mask.png")
     return root
+
+
+def test_an_index_can_be_a_tensor_and_count_from_the_end(sample_root):
+    dataset = PennFudanDataset(sample_root, in_memory=True)
+    for _ in range(2):
+        samples = [dataset[index] for index in torch.arange(len(dataset))]
+    assert [target["image_id"] for _, target in samples] == list(range(12))
+    assert len(dataset._samples) == 12
+    assert dataset[-1][1]["image_id"] == dataset.get_target(-1)["image_id"] == 11
+    assert all(image.is_contiguous() for image, _ in dataset._samples.values())  # slower to work with otherwise
+    with pytest.raises(IndexError):
+        dataset[12]
 
 
 def test_in_memory_decodes_once_and_gives_the_same(sample_root, monkeypatch):
@@ -291,6 +306,85 @@ def test_mask_in_colour_is_named(toy_root):
     Image.fromarray(np.stack([TOY_MASKS["a"]] * 3, axis=2)).save(path)
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*channel"):
         PennFudanDataset(toy_root)[0]
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8))
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # the camera was turned by 90 degrees
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("mode", [None, "RGB"])
+@pytest.mark.parametrize("kept_as", ["RGB", "L", "P", "1", "RGBA", "LA", "I;16"])
+def test_read_image_is_pillows_image(tmp_path, kept_as, mode):
+    path = tmp_path / "picture.png"
+    grey = Image.fromarray(np.asarray(PICTURE.convert("L"), np.uint16) * 200)
+    (grey if kept_as == "I;16" else PICTURE.convert(kept_as)).save(path)
+    with Image.open(path) as image:
+        assert image.mode == kept_as
+        expected = np.array(image.convert(mode) if mode else image)
+    expected = expected[:, :, None] if expected.ndim == 2 else expected
+    found = read_image(path, mode)
+    assert found.shape == (3 if mode else expected.shape[2], 10, 12)
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("how", [{"exif": EXIF}, {"pnginfo": "xmp"}], ids=["exif", "xmp"])
+def test_an_image_is_turned_as_the_camera_was(tmp_path, how):
+    if "pnginfo" in how:
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        how = {"pnginfo": info}
+    PICTURE.save(tmp_path / "picture.png", **how)
+    turned = np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(read_image(tmp_path / "picture.png", "RGB").permute(1, 2, 0).numpy(), turned)
+
+
+def test_plain_png_files_are_decoded_by_kornia_and_all_others_by_pillow(tmp_path, monkeypatch):
+    decoded = []
+
+    def decode(data, size, kind):
+        decoded.append((size, kind))
+        return decode_image_png_u8(data, size, kind)
+
+    monkeypatch.setattr(penn_fudan, "decode_image_png_u8", decode)
+    for name, image in {"a.png": PICTURE, "b.jpg": PICTURE, "c.png": PICTURE.convert("P")}.items():
+        image.save(tmp_path / name)
+        read_image(tmp_path / name, "RGB")
+    PICTURE.convert("L").save(tmp_path / "d.png")
+    read_image(tmp_path / "d.png")
+    assert decoded == [((10, 12), "rgb"), ((10, 12), "mono")]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none.png"))):
+        read_image(tmp_path / "none.png", "RGB")
+
+
+@pytest.mark.parametrize("change", range(200))
+def test_a_damaged_file_is_never_another_picture(tmp_path, change):
+    """A byte changed, or the end cut off: the file is refused, or the picture is what Pillow makes of it."""
+    PICTURE.save(tmp_path / "picture.png")
+    png = bytearray((tmp_path / "picture.png").read_bytes())
+    rng = np.random.default_rng(change)
+    at = int(rng.integers(len(png)))
+    png[at] ^= int(rng.integers(1, 256))
+    (tmp_path / "picture.png").write_bytes(png[:at] if change % 4 == 0 else png)
+    try:
+        with Image.open(tmp_path / "picture.png") as image:
+            expected = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        with pytest.raises(ValueError, match=r"picture\.png cannot be read as an image"):
+            read_image(tmp_path / "picture.png", "RGB")
+    else:
+        assert np.array_equal(read_image(tmp_path / "picture.png", "RGB").permute(1, 2, 0).numpy(), expected)
+
+
+def test_the_photographs_are_as_pillow_reads_them(penn_fudan_root):
+    for path in sorted(penn_fudan_root.glob("P*/*.png"))[::10]:
+        mode = "RGB" if path.parent.name == "PNGImages" else None
+        with Image.open(path) as image:
+            assert np.array_equal(read_image(path, mode).permute(1, 2, 0).numpy().squeeze(), np.asarray(image)), path
 
 
 UNREADABLE = {"empty": lambda png: b"", "text": lambda png: b"<html>sign in</html>", "cut": lambda png: png[:60]}
@@ -639,24 +733,47 @@ def test_an_epoch_of_batches_has_every_image_once_but_for_what_is_left_over():
         assert len(epoch) == len(batches) == 3
         assert all(len(batch) == 4 for batch in epoch)
         assert len({index for batch in epoch for index in batch}) == 12
-    assert epochs[0] != epochs[1]
     assert {index for epoch in epochs for batch in epoch for index in batch} == set(range(13))  # each is trained on
 
 
+@pytest.mark.parametrize("num_windows", [1, 5, 1000])
+def test_other_images_meet_in_the_next_epoch(num_windows):
+    ratios = torch.rand(103, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = AspectRatioBatchSampler(ratios, 4, num_windows, generator=torch.Generator().manual_seed(0))
+    first, second = ({tuple(sorted(batch)) for batch in batches} for _ in range(2))
+    assert len(first & second) < 13
+
+
+def spread_in_batches(num_images: int, **options) -> float:
+    """Of ratios drawn from [0, 1]: the largest less the smallest of a batch of 4, on average."""
+    ratios = torch.rand(num_images, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = list(AspectRatioBatchSampler(ratios, 4, **options, generator=torch.Generator().manual_seed(0)))
+    return sum(max(ratios[i] for i in batch) - min(ratios[i] for i in batch) for batch in batches) / len(batches)
+
+
 def test_images_of_a_batch_have_similar_shapes():
-    ratios = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+    assert 0.5 < spread_in_batches(200, num_windows=50) < 0.7  # 0.6 is expected of four numbers
+    assert spread_in_batches(200, num_windows=1000) == spread_in_batches(200, num_windows=50)
+    assert 0.03 < spread_in_batches(200, num_windows=5) < 0.15
+    assert spread_in_batches(200) == spread_in_batches(200, num_windows=5)
+    assert spread_in_batches(200, num_windows=1) < 0.03
 
-    def spread(num_windows: int) -> float:
-        batches = AspectRatioBatchSampler(ratios, 4, num_windows, generator=torch.Generator().manual_seed(0))
-        return sum(max(ratios[i] for i in batch) - min(ratios[i] for i in batch) for batch in batches) / len(batches)
 
-    assert 0.5 < spread(50) < 0.7  # 0.6 is expected of four numbers
-    assert spread(5) < 0.15
-    assert spread(1) < 0.03
+@pytest.mark.parametrize(("sizes", "num_windows"), [((2, 2, 2, 2, 1), 5), ((3, 3, 3, 3, 2), 5), ((1, 1, 1), 5)])
+def test_windows_are_as_many_as_asked_for_if_there_are_batches(sizes, num_windows):
+    ratios = list(range(1, 4 * sum(sizes) + 1))
+    drawn = AspectRatioBatchSampler(ratios, 4, num_windows, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(ratios), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = []
+    for size in sizes:
+        window, order = sorted(order[: 4 * size]), order[4 * size :]
+        expected += [window[start : start + 4] for start in range(0, 4 * size, 4)]
+    assert sorted(drawn) == sorted(expected)
 
 
 def test_the_order_of_batches_is_shuffled_after_sorting():
-    batches = AspectRatioBatchSampler(list(range(40)), 4, 1, generator=torch.Generator().manual_seed(0))
+    ratios = [float(k + 1) for k in range(40)]
+    batches = AspectRatioBatchSampler(ratios, 4, 1, generator=torch.Generator().manual_seed(0))
     smallest = [min(batch) for batch in batches]
     assert sorted(smallest) == list(range(0, 40, 4)) and smallest != sorted(smallest)
 
@@ -671,12 +788,17 @@ def test_torchs_own_generator_decides_the_order_where_none_is_given():
 
 
 def test_processes_share_the_batches():
-    parts = [
-        list(AspectRatioBatchSampler(RATIOS, 2, num_replicas=3, rank=rank, generator=torch.Generator().manual_seed(0)))
-        for rank in range(3)
-    ]
-    whole = list(AspectRatioBatchSampler(RATIOS, 6, generator=torch.Generator().manual_seed(0)))
+    ratios = torch.rand(90, generator=torch.Generator().manual_seed(0)).tolist()
+    parts = []
+    for rank in range(3):
+        torch.manual_seed(rank)  # their own, which must not matter
+        generator = torch.Generator().manual_seed(0)
+        parts.append(list(AspectRatioBatchSampler(ratios, 2, num_replicas=3, rank=rank, generator=generator)))
+    whole = list(AspectRatioBatchSampler(ratios, 6, generator=torch.Generator().manual_seed(0)))
+    assert len(whole) == 15
     assert [sorted(a + b + c) for a, b, c in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+    first = [ratios[min(part[0], key=ratios.__getitem__)] for part in parts]
+    assert max(first) < sorted(ratios[index] for index in whole[0])[3]  # no process has the widest of a batch alone
 
 
 @pytest.mark.parametrize(
@@ -685,6 +807,9 @@ def test_processes_share_the_batches():
         ({"aspect_ratios": [1.0] * 3}, "3 images are too few for 1 process"),
         ({"num_replicas": 4, "generator": torch.Generator()}, "too few for 4 process"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"aspect_ratios": [(10, 12)] * 20}, "one finite number over 0"),
+        ({"aspect_ratios": [1.0] * 20 + [float("nan")]}, "one finite number over 0"),
+        ({"aspect_ratios": [1.0] * 20 + [0.0]}, "one finite number over 0"),
         ({"num_windows": 0}, "num_windows 0"),
         ({"num_replicas": 2, "rank": 2, "generator": torch.Generator()}, "rank 2"),
         ({"num_replicas": 2}, "a generator each, of the same seed"),
@@ -693,6 +818,11 @@ def test_processes_share_the_batches():
 def test_batches_that_cannot_be_drawn(arguments, message):
     with pytest.raises(ValueError, match=message):
         AspectRatioBatchSampler(**{"aspect_ratios": RATIOS, "batch_size": 4, **arguments})
+
+
+def test_a_batch_size_that_is_no_whole_number_is_refused():
+    with pytest.raises(TypeError, match="float"):
+        AspectRatioBatchSampler(RATIOS, 2.5)
 
 
 def test_height_and_width_are_those_of_the_image(toy_root, sample_root):

@@ -61,13 +61,27 @@ def test_the_script_trains_chooses_and_reports(tmp_path, processes):
     assert finished.stdout.count("epoch 2/2") == 1  # said once, not by every process
     assert results["num_test_images"] == 16
     assert 0.05 < results["box_AP"] < 1 and 0 <= results["mask_AP"] < 1  # two epochs are few
-    assert f"{processes} process(es), 2 epochs, seed 0" in results["made_by"]
+    batches = f"batches of {4 // processes} each, 5 windows, learning rate 0.0015"
+    assert f"{processes} process(es), 2 epochs, seed 0, {batches}" in results["made_by"]
     checkpoint = load_checkpoint(tmp_path / "best.pt")
     assert checkpoint["epoch"] == results["epoch"] and checkpoint["preset"] == "quick"
     assert not any(name.startswith("module.") for name in checkpoint["model"])  # loads without a process group
 
 
-@pytest.mark.parametrize("argument", ["--epochs", "--batch-size"])
+def test_processes_train_one_model_on_different_images(tmp_path):
+    finished = launch(2, "tests/train_in_parts.py", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    first, second = json.loads((tmp_path / "everyone.json").read_text())
+    for epoch in range(2):
+        steps = list(zip(first["image_ids"][epoch], second["image_ids"][epoch], strict=True))
+        assert len(steps) == 5 and all(len(part) == 4 for step in steps for part in step)
+        assert len({image_id for step in steps for part in step for image_id in part}) == 40  # each image once
+    assert first["image_ids"][0] != first["image_ids"][1]
+    assert first["weights"] == second["weights"] and first["weights"][0] != first["weights"][1]
+    assert all(first[name] == second[name] for name in ("epoch", "validation_mask_AP", "box_AP", "mask_AP"))
+
+
+@pytest.mark.parametrize("argument", ["--epochs", "--batch-size", "--num-windows"])
 def test_a_number_that_is_not_positive_is_refused(tmp_path, argument):
     finished = launch(1, "-m", "tutorial_lib.train", "--preset", "quick", argument, "0", "--out", str(tmp_path / "out"))
     assert finished.returncode == 2
@@ -75,11 +89,21 @@ def test_a_number_that_is_not_positive_is_refused(tmp_path, argument):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_processes_than_images_are_refused(tmp_path):
-    command = ["-m", "tutorial_lib.train", "--preset", "quick", "--batch-size", "41", "--out", str(tmp_path)]
-    finished = launch(1, *command)
+def test_more_images_a_step_than_there_are_are_refused(tmp_path):
+    command = ["-m", "tutorial_lib.train", "--preset", "quick", "--batch-size", "21", "--out", str(tmp_path / "out")]
+    finished = launch(2, *command)
     assert finished.returncode != 0
-    assert "40 images are too few for 1 process(es) with batches of 41" in finished.stderr
+    assert "40 training images are too few for 2 process(es) with batches of 21" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["best.pt", "results.json"])
+def test_an_earlier_run_is_not_written_over(tmp_path, name):
+    (tmp_path / name).write_text("of yesterday")
+    finished = launch(1, "-m", "tutorial_lib.train", "--preset", "quick", "--out", str(tmp_path))
+    assert finished.returncode != 0
+    assert f"{tmp_path / name} is of an earlier run; give --out another folder" in finished.stderr
+    assert (tmp_path / name).read_text() == "of yesterday" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_large_pages_are_asked_for_unless_the_user_has_chosen():
@@ -90,6 +114,31 @@ def test_large_pages_are_asked_for_unless_the_user_has_chosen():
             [sys.executable, "-c", code], env=without | chosen, capture_output=True, text=True, check=True
         )
         assert finished.stdout.strip() == expected
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="large pages on demand are Linux's, and switched on by its setting [madvise] alone",
+)
+def test_large_tensors_lie_in_large_pages():
+    """PyTorch reads the variable at its first tensor, so the library must not make one before it sets it."""
+    code = """
+import re, tutorial_lib.models, torch
+tensor = torch.ones(64, 1 << 20)
+print(sum(int(kib) for kib in re.findall(r"AnonHugePages:\\s+(\\d+)", open("/proc/self/smaps").read())))
+"""
+    found = {}
+    for chosen in ("0", "1"):
+        environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": chosen}
+        if chosen == "1":
+            del environment["THP_MEM_ALLOC_ENABLE"]
+        command = [sys.executable, "-c", code]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found[chosen] = int(finished.stdout)
+    assert found["0"] < 128 * 1024 < found["1"]  # of 256 MiB
 
 
 def test_a_failure_of_one_process_ends_the_run(tmp_path):

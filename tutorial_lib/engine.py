@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from timeit import timeit
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -71,6 +70,14 @@ def pick_num_threads(work: Callable[[], Any], repeats: int = 3) -> dict[int, flo
     return seconds
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes faster in bfloat16: CUDA since Ampere, or a CPU with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def use_bfloat16(model: nn.Module, device: torch.device) -> bool:
     """Mixed precision, in place: where the device is faster in bfloat16, the layers with most arithmetic compute in it.
 
@@ -79,34 +86,29 @@ def use_bfloat16(model: nn.Module, device: torch.device) -> bool:
     be a multiple of 4.
 
     Args:
-        model: one of torchvision's detectors, its predictors already replaced. Parts that it lacks are passed over.
-        device: CUDA since Ampere, or a CPU with AVX-512 BF16 or AMX.
+        model: one of torchvision's detectors, its predictors already replaced, and not yet wrapped for several
+            processes. Parts that it lacks are passed over.
+        device: nothing is changed where :func:`has_fast_bfloat16` says no.
 
     Returns:
-        Whether anything was changed: not on other devices.
+        Whether anything was changed.
 
     Source: notebook 04.
     """
-    if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        faster = device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    if faster:
-        for name, module in model.named_modules():
-            if name in _BFLOAT16:
-                compute_in_bfloat16(module)
-    return faster
+    modules = [module for name, module in model.named_modules() if name in _BFLOAT16] * has_fast_bfloat16(device)
+    for module in modules:
+        compute_in_bfloat16(module)
+    return bool(modules)
 
 
 def compute_in_bfloat16(module: nn.Module) -> None:
     """Put a module's forward under bfloat16 autocast, in place; the tensors that it gives are float32 again."""
-    module.forward = MethodType(_forward_in_bfloat16, module)  # a method, so that a copy of the module has its own
+    module.forward = partial(_forward_in_bfloat16, module)  # a copy of the module gets its own
 
 
-def _forward_in_bfloat16(module: nn.Module, *inputs: Any) -> Any:
+def _forward_in_bfloat16(module: nn.Module, *inputs: Any, **named: Any) -> Any:
     with torch.autocast(next(module.parameters()).device.type, dtype=torch.bfloat16):
-        outputs = type(module).forward(module, *inputs)
+        outputs = type(module).forward(module, *inputs, **named)
     return tree_map(lambda value: value.float() if isinstance(value, Tensor) else value, outputs)
 
 
@@ -266,7 +268,7 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
         data_loader: gives (images, targets); shuffling does not matter. Where its ``sampler`` is a
             ``DistributedSampler``, every process has a part of the data set and has to call this; each then
             gets the results of all images, in the data set's order. An image that the sampler has repeated
-            to make the parts equal counts once.
+            to make the parts equal counts once. A batch sampler of several processes is refused.
 
     Raises:
         ValueError: the loader gives no images, or a target or prediction whose parts do
@@ -274,6 +276,8 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
 
     Source: notebook 02 uses it, notebook 05 builds it; https://cocodataset.org/#detection-eval
     """
+    if getattr(getattr(data_loader, "batch_sampler", None), "num_replicas", 1) > 1:
+        raise ValueError("data_loader has a batch_sampler that leaves images to other processes; evaluation needs all")
     compared = []
     with mode_kept(model), _masks_unpasted(model):
         model.eval()

@@ -61,7 +61,7 @@ class EmbeddingBagRoIAlign(MultiScaleRoIAlign):
 
     Arguments, and those of ``forward``, are of ``torchvision.ops.MultiScaleRoIAlign``.
 
-    Source: notebook 07; RoIAlign is of He et al., arXiv 1703.06870, the choice of the level of Lin et al., arXiv 1612.03144.
+    Source: notebook 07; RoIAlign is of He et al., arXiv 1703.06870, the choice of a level of arXiv 1612.03144.
     """
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:

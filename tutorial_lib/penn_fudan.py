@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from kornia_rs.io import decode_image_png_u8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset
@@ -39,6 +42,10 @@ _TIMEOUT = 30  # seconds without a byte
 _MAX_BYTES = 100_000_000  # what no answer may exceed; the archive has 51 MB
 _SCRATCH = ".PennFudanPed-download-"  # and what mkdtemp adds
 _DAY = 86_400
+
+# Bit depth, colour type, and no interlacing, as a PNG file's header has them; and kornia_rs's name for them.
+_PLAIN_PNG = {(None, 8, 0, 0): "mono", ("RGB", 8, 2, 0): "rgb"}
+_MAY_TURN = (b"eXIf", b"Raw profile", b"xmp")  # where a PNG file can say that the camera was turned
 
 
 def boxes_from_masks(masks: Tensor) -> Tensor:
@@ -75,9 +82,20 @@ def read_image(path: str | Path, mode: str | None = None) -> Tensor:
         mode: ``"RGB"`` to convert to it, turned as the camera's EXIF note says; None to leave
             grey values and palette indices as they are.
 
+    Plain PNG files, as PennFudan's, are decoded by kornia_rs, faster than by Pillow (notebook 07). All others are
+    Pillow's, and so are damaged and very large ones, which it refuses.
+
     Raises:
+        OSError: there is no such file, or it may not be read.
         ValueError: it cannot be read as an image; the message names it.
     """
+    data = Path(path).read_bytes()
+    if data.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR") and not any(word in data for word in _MAY_TURN):
+        with contextlib.suppress(Exception):  # Pillow says what is wrong
+            width, height, depth, colour, interlaced = struct.unpack_from(">IIBBxxB", data, 16)
+            kind = _PLAIN_PNG[mode, depth, colour, interlaced]
+            if width * height <= Image.MAX_IMAGE_PIXELS:
+                return torch.from_numpy(decode_image_png_u8(data, (height, width), kind)).permute(2, 0, 1)
     with _opened(path) as image:
         if mode:
             ImageOps.exif_transpose(image, in_place=True)
@@ -93,7 +111,8 @@ class PennFudanDataset(Dataset):
             pixels of the k-th person).
         transforms: called with (image, target), returns both.
         in_memory: keep every sample once it is decoded, before its transforms: about 1 MB for each of
-            PennFudan's. Workers of a DataLoader keep one copy each.
+            PennFudan's. Workers of a DataLoader keep a copy each, and without ``persistent_workers=True`` lose it
+            at the end of every epoch.
 
     A sample is ``(image, target)``: ``image`` a ``tv_tensors.Image``, uint8 [3, H, W]
     in [0, 255] before transforms; ``target`` as :meth:`get_target` gives it.
@@ -144,6 +163,7 @@ class PennFudanDataset(Dataset):
             ``image_id`` int; ``area`` float32 [N], of the mask, in pixels;
             ``iscrowd`` int64 [N], all 0.
         """
+        index = range(len(self))[operator.index(index)]
         path = self._mask_path(self.file_names[index])
         mask = read_image(path)
         if len(mask) != 1:
@@ -172,6 +192,7 @@ class PennFudanDataset(Dataset):
         return image, target
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
+        index = range(len(self))[operator.index(index)]  # also of a NumPy number or a tensor, and from the end
         if self.in_memory:
             if index not in self._samples:
                 image, target = self._decode(index)
@@ -216,23 +237,24 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
 
     torchvision's detectors pad the images of a batch to the widest and the tallest, and compute on the padding
     too. In every epoch the images are shuffled and cut into windows, those of a window are sorted by aspect ratio and
-    cut into batches, and the batches are shuffled. What is left over, less than a batch, is dropped, in every epoch
-    anew.
+    cut into batches, and the batches are shuffled. What is left over, less than a batch of each process, is dropped, in
+    every epoch anew.
 
     Args:
         aspect_ratios: width / height of every image of the data set, in its order.
         batch_size: of each process.
         num_windows: the fewer, the less padding, and the more often the same images meet again; with one for
-            each batch it is plain shuffling. Notebook 07 shows what both are worth.
-        num_replicas: the number of processes. Each takes its part of the same batches, so none waits for
+            each batch, or more, it is plain shuffling. Notebook 07 shows what both are worth.
+        num_replicas: the number of processes. Each takes its part of the same batches, so that none waits long for
             another that has larger images.
         rank: of this process.
-        generator: what draws the order; None is torch's own, as in ``torch.utils.data.RandomSampler``. Several
-            processes need one each, of the same seed.
+        generator: what draws the order; None is torch's own, as in ``torch.utils.data.RandomSampler``, and that is
+            in the checkpoints of :func:`tutorial_lib.engine.save_checkpoint`, while this one is not. Several
+            processes need one each, of the same seed, and have to draw the same number of epochs.
 
     Raises:
-        ValueError: there is not one batch for each process, a number is not positive, or several processes
-            have no generator.
+        ValueError: the ratios are not finite numbers over 0, there is not one batch for each process, a number is not
+            positive, or several processes have no generator.
 
     Source: notebook 07; the grouping of torchvision's detection references.
     """
@@ -247,18 +269,21 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         generator: torch.Generator | None = None,
     ):
-        if min(batch_size, num_windows, num_replicas) < 1 or not 0 <= rank < num_replicas:
-            numbers = (
-                f"batch_size {batch_size}, num_windows {num_windows}, num_replicas {num_replicas} must be positive"
-            )
-            raise ValueError(f"{numbers}, and rank {rank} from 0 to num_replicas - 1")
+        self.aspect_ratios = torch.as_tensor(aspect_ratios, dtype=torch.float64)
+        if self.aspect_ratios.dim() != 1 or not (self.aspect_ratios.isfinite() & (self.aspect_ratios > 0)).all():
+            raise ValueError("aspect_ratios has to be one finite number over 0, width / height, for each image")
+        numbers = {"batch_size": batch_size, "num_windows": num_windows, "num_replicas": num_replicas}
+        for name, number in numbers.items():
+            if operator.index(number) < 1:
+                raise ValueError(f"{name} {number} must be positive")
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank {rank} must be from 0 to num_replicas - 1, which is {num_replicas - 1}")
         if len(aspect_ratios) < batch_size * num_replicas:
             raise ValueError(
                 f"{len(aspect_ratios)} images are too few for {num_replicas} process(es) with batches of {batch_size}"
             )
         if num_replicas > 1 and generator is None:
             raise ValueError("several processes draw the same batches only with a generator each, of the same seed")
-        self.aspect_ratios = torch.tensor(aspect_ratios, dtype=torch.float64)
         self.batch_size, self.num_windows, self.generator = batch_size, num_windows, generator
         self.num_replicas, self.rank = num_replicas, rank
 
@@ -268,8 +293,9 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         size = self.batch_size * self.num_replicas
         order = torch.randperm(len(self.aspect_ratios), generator=self.generator)[: len(self) * size]
-        windows = order.split(max(1, len(self) // self.num_windows) * size)
-        batches = torch.cat([window[self.aspect_ratios[window].argsort()] for window in windows]).split(size)
+        windows = order.view(-1, size).tensor_split(min(self.num_windows, len(self)))
+        by_shape = [window.flatten()[self.aspect_ratios[window.flatten()].argsort()] for window in windows]
+        batches = torch.cat(by_shape).split(size)
         for number in torch.randperm(len(batches), generator=self.generator).tolist():
             yield batches[number][self.rank :: self.num_replicas].tolist()
 

@@ -1,5 +1,7 @@
 """Notebook 04's run as a script, in one process or in several of PyTorch's own launcher, on one machine.
 
+It differs in the order of the images: those of a batch have similar shapes, unless ``--num-windows`` is large.
+
     python -m tutorial_lib.train --out runs/first
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/first
 
@@ -40,23 +42,39 @@ from tutorial_lib.presets import PRESETS, Preset, choose_preset, fetch_weights, 
 from tutorial_lib.transforms import get_transform
 
 
-def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: int, device: torch.device) -> dict:
+def train(
+    preset: Preset,
+    out: Path,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device,
+    num_windows: int = 5,
+) -> dict:
     """Finetune the preset's Mask R-CNN on people; where there is a process group, call it in each process.
 
     Args:
-        out: the folder for ``best.pt``, which the first process writes and all read.
+        out: the folder for ``best.pt``, which the first process writes and all read; made if need be.
         learning_rate: the highest of the schedule.
+        num_windows: of :class:`tutorial_lib.penn_fudan.AspectRatioBatchSampler`.
 
     Returns:
         The best epoch, its AP on validation and the results on the test images, the same in every process; and the
         seconds of training, this process's own.
 
     Raises:
-        FloatingPointError, ValueError, OSError: as the functions of ``engine`` and ``presets`` that it calls.
+        FileExistsError: the folder holds a run already, or ``out`` is a file.
+        FloatingPointError, ValueError, RuntimeError, OSError: as the functions of ``engine`` and ``presets`` that
+            it calls.
 
     Source: notebooks 04 and 07.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("best.pt", "results.json"):
+            if (out / name).exists():
+                raise FileExistsError(f"{out / name} is of an earlier run; give --out another folder")
     if rank:  # the first process downloads, the others find it there
         dist.barrier()
     root = prepare_data(preset)
@@ -69,7 +87,9 @@ def train(preset: Preset, out: Path, epochs: int, learning_rate: float, seed: in
     train_set = split_dataset(augmented, preset.split, seed=0)[0]
     ratios = [width / height for height, width in map(augmented.get_height_and_width, train_set.indices)]
     order = torch.Generator().manual_seed(seed)  # the same in every process
-    batches = AspectRatioBatchSampler(ratios, preset.batch_size, num_replicas=world, rank=rank, generator=order)
+    batches = AspectRatioBatchSampler(
+        ratios, preset.batch_size, num_windows, num_replicas=world, rank=rank, generator=order
+    )
     options = {"collate_fn": collate_fn, "pin_memory": device.type == "cuda"}
     train_loader = DataLoader(train_set, batch_sampler=batches, **options)
     val_loader, test_loader = (
@@ -124,14 +144,16 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, help="else the preset's long_epochs")
     parser.add_argument("--batch-size", type=int, help="of each process; else the preset's")
     parser.add_argument("--learning-rate", type=float, help="else the preset's")
+    parser.add_argument("--num-windows", type=int, default=5, help="fewer: less padding; 1000: plain shuffling")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=torch.device, help="else cuda where there is a card, or mps; else cpu")
     arguments = parser.parse_args()
-    if arguments.epochs is not None and arguments.epochs < 1:
-        parser.error(f"--epochs {arguments.epochs}: at least one is needed")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        parser.error(f"--batch-size {arguments.batch_size}: at least one image is needed")
+    for name in ("epochs", "batch_size", "num_windows"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least one is needed")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device()
+    device = arguments.device or pick_device()
     if device.type == "cuda":
         if world > torch.cuda.device_count():
             parser.error(f"{torch.cuda.device_count()} card(s) for {world} processes; CUDA_VISIBLE_DEVICES= for CPU")
@@ -139,15 +161,20 @@ if __name__ == "__main__":
         torch.cuda.set_device(device)
     elif world > 1:
         device = torch.device("cpu")  # gloo has no MPS
-    if world > 1:  # an hour for the first process's downloads
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     preset = choose_preset(arguments.preset)
     preset = replace(preset, batch_size=arguments.batch_size or preset.batch_size)
+    if world * preset.batch_size > preset.split[0]:
+        whole = f"{world} process(es) with batches of {preset.batch_size}"
+        parser.error(f"{preset.split[0]} training images are too few for {whole}: lower --batch-size")
+    if world > 1:  # an hour for the first process's downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     epochs = arguments.epochs or preset.long_epochs
     learning_rate = preset.learning_rate if arguments.learning_rate is None else arguments.learning_rate
-    results = train(preset, arguments.out, epochs, learning_rate, arguments.seed, device)
+    results = train(preset, arguments.out, epochs, learning_rate, arguments.seed, device, arguments.num_windows)
     if int(os.environ.get("RANK", 0)) == 0:
-        made_by = f"{provenance(preset, device)} | {world} process(es), {epochs} epochs, seed {arguments.seed}"
+        how = f"{world} process(es), {epochs} epochs, seed {arguments.seed}, batches of {preset.batch_size} each"
+        how = f"{how}, {arguments.num_windows} windows, learning rate {learning_rate:g}"
+        made_by = f"{provenance(preset, device)} | {how}"
         (arguments.out / "results.json").write_text(json.dumps({**results, "made_by": made_by}, indent=1) + "\n")
         print(results)
     if world > 1:
