@@ -54,12 +54,13 @@ def code_of_module(text: str) -> str:
 def library_hash(code: str | None = None) -> str:
     """Of the modules of tutorial_lib that this code imports, and that those import (of all, without it).
 
-    With ``models`` go the starter weights.
+    With any goes ``__init__``, and with ``models`` the starter weights.
     """
     modules = {
         path.stem: code_of_module(path.read_text(encoding="utf-8")) for path in (ROOT / "tutorial_lib").glob("*.py")
     }
     needed, found = set(), set(modules if code is None else re.findall(r"tutorial_lib\.(\w+)", code))
+    found |= {"__init__"} if found else set()
     while found := (found & modules.keys()) - needed:
         needed |= found
         found = {name for module in found for name in re.findall(r"tutorial_lib\.(\w+)", modules[module])}

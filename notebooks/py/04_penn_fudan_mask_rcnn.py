@@ -46,7 +46,7 @@ import importlib.util
 
 ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools kornia-rs"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
