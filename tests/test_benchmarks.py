@@ -1,17 +1,23 @@
 """The stored results of the benchmarks say what they were measured on, and add up."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 from torchvision.models import get_model_weights
+from torchvision.ops import FrozenBatchNorm2d
 
 from tests.benchmarks import RESULTS
 from tests.benchmarks.backbones import BUDGETS, TRUNKS
-from tests.benchmarks.speed import WORKS
+from tests.benchmarks.speed import WORKS, detector, processes_at_hand
 from tests.benchmarks.starter import EPOCHS, SEEDS, summary
 from tests.benchmarks.windows import NUM_WINDOWS
 from tests.benchmarks.windows import SEEDS as WINDOWS_SEEDS
 from tools.notebooks import ROOT
+from tutorial_lib.models import EmbeddingBagRoIAlign
+from tutorial_lib.presets import PRESETS
 
 PROVENANCE = {"device", "threads", "torch", "torchvision", "python", "date"}
 
@@ -27,6 +33,35 @@ def test_every_row_says_what_it_was_measured_on(name):
     for row in rows:
         assert PROVENANCE <= row.keys()
         assert str(ROOT) not in json.dumps(row)
+
+
+def test_the_benchmarks_can_be_imported_on_windows():
+    code = "import sys; sys.modules['resource'] = None; import tests.benchmarks.speed, tests.benchmarks.backbones"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_at_full_the_model_that_is_timed_is_built_as_for_coco():
+    model = detector(PRESETS["full"], EmbeddingBagRoIAlign)
+    blocks = model.backbone.body
+    assert isinstance(blocks.layer3[0].bn1, FrozenBatchNorm2d)
+    assert {name.split(".")[0] for name, p in blocks.named_parameters() if p.requires_grad} == {
+        "layer2",
+        "layer3",
+        "layer4",
+    }
+    model.transform.min_size, model.transform.max_size = (128,), 128
+    box = torch.tensor([[10.0, 20.0, 60.0, 90.0]])
+    masks = torch.zeros(1, 128, 128, dtype=torch.uint8)
+    masks[0, 20:90, 10:60] = 1
+    with torch.no_grad():
+        losses = model([torch.rand(3, 128, 128)], [{"boxes": box, "labels": torch.tensor([1]), "masks": masks}])
+    assert all(loss < 8 for loss in losses.values()), losses  # 31 where features grow from block to block
+
+
+@pytest.mark.parametrize(("threads", "processes"), [(1, 1), (2, 2), (3, 2), (4, 4), (16, 4)])
+def test_processes_have_whole_images(monkeypatch, threads, processes):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert processes_at_hand() == processes
 
 
 def test_ratios_are_those_of_the_seconds():

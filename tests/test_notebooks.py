@@ -153,7 +153,8 @@ def test_the_library_hash_is_of_the_modules_that_are_needed(monkeypatch, tmp_pat
 
     library = tmp_path / "tutorial_lib"
     (library / "weights").mkdir(parents=True)
-    for name, text in {"a": "import tutorial_lib.b", "b": "x = 1", "c": "y = 1", "models": "z = 1"}.items():
+    modules = {"__init__": "", "a": "import tutorial_lib.b", "b": "x = 1", "c": "y = 1", "models": "z = 1"}
+    for name, text in modules.items():
         (library / f"{name}.py").write_text(text)
     (library / "weights" / "mini.pt").write_bytes(b"1")
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
@@ -168,6 +169,9 @@ def test_the_library_hash_is_of_the_modules_that_are_needed(monkeypatch, tmp_pat
     assert changed(library / "c.py", b"y = 2") == [False, True, False, True]
     assert changed(library / "weights" / "mini.pt", b"2") == [False, False, True, True]
     assert changed(library / "c.py", b"# why\ny = 2") == [False] * 4
+    assert changed(library / "__init__.py", b"w = 1") == [True] * 4
+    before = library_hash("import torch")
+    assert changed(library / "__init__.py", b"w = 2") == [True] * 4 and library_hash("import torch") == before
 
 
 def test_the_library_hash_sees_code_and_not_prose(tmp_path):

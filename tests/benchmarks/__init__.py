@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torchvision
 
+from tools.notebooks import library_hash
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -28,6 +30,7 @@ def provenance(device: torch.device) -> dict[str, str | int]:
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
+        "library_hash": library_hash(),
     }
 
 

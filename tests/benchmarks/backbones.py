@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -99,6 +98,8 @@ def peak_memory(device: torch.device) -> int:
     """In MiB, since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() // 2**20
+    import resource  # not on Windows, where the tests import this module
+
     # Linux counts in KiB, macOS in bytes. The parent process holds no more than this one imports.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 

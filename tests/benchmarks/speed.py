@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.speed [work ...]
 
-Rows of ``results/speed.json`` hold the seconds of both and their ratio; works that are
-not named keep their rows. The works of the name `..._cuda` run where there is a card, and need no network: the
-model has random weights there. The loop that they are compared with is in ``classic.py``.
+Rows of ``results/speed.json`` hold the seconds of both and their ratio; works that are not named keep their rows. The
+loop that they are compared with is in ``classic.py``. Set PENN_FUDAN_ROOT to measure on the photographs. The works of
+the name `..._cuda` need a card, but no network: the model has random weights there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import io
 import json
 import multiprocessing
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -24,22 +24,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision.models import get_model
+from torchvision.models import ResNet50_Weights, get_model, resnet50
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 
-import tutorial_lib.models  # registers the mini models
 from tests.benchmarks import RESULTS, provenance, write_results
 from tests.benchmarks.classic import Classic, ClassicDataset, classic_evaluate, classic_predict, classic_step
 from tutorial_lib.coco_eval import coco_metrics, compare
-from tutorial_lib.engine import evaluate, predict, train_one_epoch, use_bfloat16
+from tutorial_lib.engine import evaluate, has_fast_bfloat16, predict, train_one_epoch, use_bfloat16
+from tutorial_lib.models import EmbeddingBagRoIAlign, replace_box_predictor, replace_mask_predictor
 from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn, split_dataset
 from tutorial_lib.presets import Preset, choose_preset, prepare_data
 from tutorial_lib.transforms import get_transform
@@ -120,44 +120,52 @@ def preset_at_hand(device: torch.device) -> Preset:
 
 
 def alternating(classic: Callable, ours: Callable, inputs: list) -> dict:
-    """Median seconds of both on every input, one after the other, so that a busy machine slows both."""
-    seconds: dict[str, list[float]] = {"classic": [], "ours": []}
-    for item in [inputs[0], *inputs]:  # the first is a warm-up
-        for name, function in (("classic", classic), ("ours", ours)):
+    """Median seconds of both on every input, in turn, so that a busy machine slows both; and quartiles of the ratio."""
+    functions = {"classic": classic, "ours": ours}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number, item in enumerate([inputs[0], *inputs]):  # the first is a warm-up
+        for name in sorted(functions, reverse=number % 2 == 1):
             begun = time.perf_counter()
-            function(item)
+            functions[name](item)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()} | {"repeats": len(inputs)}
+    pairs = list(zip(seconds["classic"][1:], seconds["ours"][1:], strict=True))
+    quartiles = statistics.quantiles([theirs / mine for theirs, mine in pairs], n=4)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return medians | {"repeats": len(pairs), "ratio_quartiles": [round(quartiles[k], 2) for k in (0, 2)]}
 
 
 def sample(in_memory: bool) -> dict:
     """One image and its target, without augmentation."""
-    preset = preset_at_hand(torch.device("cpu"))
+    preset = preset_at_hand(CPU)
     root = prepare_data(preset)
     ours = PennFudanDataset(root, get_transform(train=False), in_memory=in_memory)
-    indices = list(range(min(len(ours), 100)))
-    if in_memory:
-        for index in indices:
-            ours[index]
     classic = ClassicDataset(root, get_transform(train=False))
+    indices = list(range(min(len(ours), 100)))
+    for index in indices:  # so that the disk is read, and the cache is full
+        ours[index]
     return alternating(classic.__getitem__, ours.__getitem__, indices) | {"preset": preset.name}
 
 
-def model_of(preset: Preset, device: torch.device, new_predictors: bool = True) -> torch.nn.Module:
-    """The preset's Mask R-CNN for people; with random weights at full."""
+def detector(preset: Preset, roi_align: type[MultiScaleRoIAlign]) -> torch.nn.Module:
+    """The preset's Mask R-CNN as it is before finetuning.
+
+    At full it is built as for COCO, so with BatchNorm and the first layers frozen, but from random weights. The last
+    BatchNorm of each block is 0, without which frozen ones would let the features grow from block to block.
+    """
     sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
     if preset.name == "full":
-        model = get_model(preset.mask_rcnn, weights=None, weights_backbone=None, num_classes=2, **sizes)
-    else:
-        model = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
-        if new_predictors:
-            tutorial_lib.models.replace_mask_predictor(tutorial_lib.models.replace_box_predictor(model, 2), 2)
-    return model.to(device)
+        random = resnet50(zero_init_residual=True).state_dict()
+        with mock.patch.object(ResNet50_Weights, "get_state_dict", lambda *args, **kwargs: random):
+            return get_model(preset.mask_rcnn, weights=None, weights_backbone="DEFAULT", **sizes)
+    levels = ["0", "1", "2", "3"]
+    pools = {"box_roi_pool": roi_align(levels, 7, 2), "mask_roi_pool": roi_align(levels, 14, 2)}
+    return get_model(preset.mask_rcnn, weights=preset.weights, **pools, **sizes)
 
 
 def channels_last(model: torch.nn.Module, device: torch.device) -> None:
+    use_bfloat16(model, device)
     model.to(memory_format=torch.channels_last)
 
 
@@ -167,26 +175,40 @@ def nothing(model: torch.nn.Module, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Loop:
-    """A training loop: the classic one, or ours with a change of the model and of the batch sampler."""
+    """A training loop: the classic one, or ours with what is switched on in it."""
 
     classic: bool = False
-    change: Callable = use_bfloat16
+    large_pages: bool = True
+    roi_align: type[MultiScaleRoIAlign] = EmbeddingBagRoIAlign
     num_windows: int = 5
+    change: Callable = use_bfloat16
 
 
-CLASSIC, OURS = Loop(classic=True, change=nothing), Loop()
-# The classic loop knows nothing of large pages; tutorial_lib switches them on.
-ENVIRONMENT = {CLASSIC: {"THP_MEM_ALLOC_ENABLE": "0"}}
+OURS = Loop()
+PLAIN = Loop(large_pages=False, roi_align=MultiScaleRoIAlign, num_windows=1000, change=nothing)
+CLASSIC = replace(PLAIN, classic=True)
+
+
+def one_after_the_other(device: torch.device) -> dict[str, Loop]:
+    """From the classic loop to ours, one change at a time."""
+    loops = {"classic": CLASSIC, "fused AdamW, losses read once an epoch": PLAIN}
+    if device.type == "cpu":
+        loops["large pages"] = replace(PLAIN, large_pages=True)
+        loops["RoIAlign as an embedding bag"] = replace(OURS, num_windows=1000, change=nothing)
+    loops["images of similar shapes"] = replace(OURS, change=nothing)
+    if has_fast_bfloat16(device):
+        loops["bfloat16"] = OURS
+    return loops
 
 
 def own_process(loop: Loop) -> ProcessPoolExecutor:
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-    with mock.patch.dict(os.environ, ENVIRONMENT.get(loop, {})):
+    with mock.patch.dict(os.environ, {"THP_MEM_ALLOC_ENABLE": str(int(loop.large_pages))}):
         pool.submit(os.getpid).result()  # starts it
     return pool
 
 
-def loaders(loop: Loop, preset: Preset) -> tuple[DataLoader, DataLoader]:
+def loaders(loop: Loop, preset: Preset, device: torch.device) -> tuple[DataLoader, DataLoader]:
     """Of the training and the test images."""
     root = prepare_data(preset)
     kind, options = (ClassicDataset, {}) if loop.classic else (PennFudanDataset, {"in_memory": True})
@@ -196,13 +218,13 @@ def loaders(loop: Loop, preset: Preset) -> tuple[DataLoader, DataLoader]:
     if not loop.classic:
         ratios = [w / h for h, w in map(train_set.dataset.get_height_and_width, train_set.indices)]
         how = {"batch_sampler": AspectRatioBatchSampler(ratios, preset.batch_size, loop.num_windows)}
-    train_loader = DataLoader(train_set, collate_fn=collate_fn, **how)
-    return train_loader, DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
+    both = {"collate_fn": collate_fn, "pin_memory": not loop.classic and device.type == "cuda"}
+    return DataLoader(train_set, **how, **both), DataLoader(test_set, preset.batch_size, **both)
 
 
 def model_and_optimizer(loop: Loop, preset: Preset, device: torch.device) -> tuple:
     torch.manual_seed(0)
-    model = model_of(preset, device)
+    model = replace_mask_predictor(replace_box_predictor(detector(preset, loop.roi_align), 2), 2).to(device)
     loop.change(model, device)
     if loop.classic:
         return model.train(), torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
@@ -215,7 +237,7 @@ prepared: dict = {}  # of a process that times steps
 def prepare_steps(loop: Loop, device: torch.device) -> int:
     preset = preset_at_hand(device)
     model, optimizer = model_and_optimizer(loop, preset, device)
-    train_loader, _ = loaders(loop, preset)
+    train_loader, _ = loaders(loop, preset, device)
     torch.manual_seed(0)
     prepared.update(loop=loop, device=device, model=model, optimizer=optimizer, batches=list(train_loader))
     return len(prepared["batches"])
@@ -224,7 +246,7 @@ def prepare_steps(loop: Loop, device: torch.device) -> int:
 def timed_step(number: int) -> float:
     model, optimizer, device = (prepared[name] for name in ("model", "optimizer", "device"))
     batch = prepared["batches"][number]
-    torch.manual_seed(number)  # both take the same of several min_size
+    torch.manual_seed(number)  # all take the same of several min_size
     begun = time.perf_counter()
     if prepared["loop"].classic:
         classic_step(model, optimizer, *batch, device)
@@ -235,52 +257,80 @@ def timed_step(number: int) -> float:
     return time.perf_counter() - begun
 
 
-def train_step(device: torch.device, classic: Loop = CLASSIC, ours: Loop = OURS) -> dict:
-    """The mean of the steps of an epoch, on batches that are in memory: one of the one, one of the other, and so on."""
-    pools = {"classic": own_process(classic), "ours": own_process(ours)}
+def train_step(device: torch.device, loops: dict[str, Loop]) -> dict:
+    """The mean step of two epochs, on batches that are in memory: one of the first loop, one of the second, and so on.
+
+    The first loop's seconds are ``classic``, the last one's are ``ours``.
+    """
     with contextlib.ExitStack() as stack:
+        pools = {name: stack.enter_context(own_process(loop)) for name, loop in loops.items()}
+        count = min(pools[name].submit(prepare_steps, loop, device).result() for name, loop in loops.items())
+        rounds: dict[str, list[float]] = {name: [] for name in loops}
         for pool in pools.values():
-            stack.enter_context(pool)
-        prepared_by = [
-            pool.submit(prepare_steps, loop, device).result()
-            for pool, loop in zip(pools.values(), (classic, ours), strict=True)
-        ]
-        seconds: dict[str, list[float]] = {name: [] for name in pools}
-        for number in [0, *range(min(prepared_by))]:  # the first is a warm-up
-            for name, pool in pools.items():
-                seconds[name].append(pool.submit(timed_step, number).result())
-    means = {name: statistics.mean(values[1:]) for name, values in seconds.items()}
-    return means | {
-        "repeats": min(prepared_by),
+            pool.submit(timed_step, 0).result()  # a warm-up
+        for _ in range(2):
+            seconds: dict[str, list[float]] = {name: [] for name in loops}
+            for number in range(count):
+                for name, pool in pools.items():
+                    seconds[name].append(pool.submit(timed_step, number).result())
+            for name, values in seconds.items():
+                rounds[name].append(statistics.mean(values))
+    steps = {name: statistics.mean(values) for name, values in rounds.items()}
+    first, *_, last = loops
+    return {
+        "classic": steps[first],
+        "ours": steps[last],
+        "repeats": 2 * count,
+        "rounds": {"classic": rounds[first], "ours": rounds[last]},
+        "steps": steps,
         "preset": preset_at_hand(device).name,
-        "bfloat16": fast_bfloat16(device),
+        "bfloat16": has_fast_bfloat16(device),
     }
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    return use_bfloat16(torch.nn.Identity(), device)
-
-
 def inference(device: torch.device) -> dict:
-    """Detections with a score of at least 0.5 and their masks, of one image after the other, before finetuning."""
+    """Detections with a score of at least 0.5 and their masks, of one image after the other, before finetuning.
+
+    At full the weights are random, and so are the scores: ``detections_over_0.5`` says how many masks were wanted.
+    """
     preset = preset_at_hand(device)
-    classic = model_of(preset, device, new_predictors=False)
-    ours = copy.deepcopy(classic)
+    torch.manual_seed(0)
+    classic = detector(preset, MultiScaleRoIAlign).to(device)
+    torch.manual_seed(0)
+    ours = detector(preset, EmbeddingBagRoIAlign).to(device)
     use_bfloat16(ours, device)
     dataset = PennFudanDataset(prepare_data(preset), get_transform(train=False))
     images = [dataset[index][0] for index in range(30)]
-    return alternating(
+    row = alternating(
         lambda image: classic_predict(classic, [image], device, 0.5),
         lambda image: predict(ours, [image], device, 0.5),
         images,
-    ) | {"preset": preset.name, "bfloat16": fast_bfloat16(device)}
+    )
+    found = [len(prediction["scores"]) for image in images for prediction in predict(ours, [image], device, 0.5)]
+    row |= {"preset": preset.name, "bfloat16": has_fast_bfloat16(device)}
+    return row | {"detections_over_0.5": statistics.mean(found)}
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Of the card since the last reset, or of this process; None where Linux does not say it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # getrusage would begin with the peak of the process that started this one
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def epochs(loop: Loop, preset: Preset, device: torch.device, count: int = 2) -> dict:
-    """Seconds of training and of evaluating the test images, data included, by epoch; and the peak of memory."""
+    """Seconds of training and of evaluating the test images, data included, by epoch; and training's peak of memory.
+
+    What is evaluated is the model before training, with 100 detections an image, so that both ways predict the same.
+    """
     model, optimizer = model_and_optimizer(loop, preset, device)
-    train_loader, test_loader = loaders(loop, preset)
+    untrained = copy.deepcopy(model)
+    train_loader, test_loader = loaders(loop, preset, device)
     seconds: dict[str, list[float]] = {"training": [], "evaluation": []}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(count):
         begun = time.perf_counter()
         if loop.classic:
@@ -289,21 +339,22 @@ def epochs(loop: Loop, preset: Preset, device: torch.device, count: int = 2) -> 
                 classic_step(model, optimizer, images, targets, device)
         else:
             train_one_epoch(model, optimizer, train_loader, device, progress=False)
-        trained = time.perf_counter()
+        seconds["training"].append(time.perf_counter() - begun)
+    peak = peak_bytes(device)
+    for _ in range(count):
+        begun = time.perf_counter()
         if loop.classic:
-            classic_evaluate(model, test_loader, device)
+            classic_evaluate(untrained, test_loader, device)
         else:
-            evaluate(model, test_loader, device, progress=False)
-        seconds["training"].append(trained - begun)
-        seconds["evaluation"].append(time.perf_counter() - trained)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return seconds | {"peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak}
+            evaluate(untrained, test_loader, device, progress=False)
+        seconds["evaluation"].append(time.perf_counter() - begun)
+    return seconds | {"peak_bytes": peak}
 
 
 def epoch(device: torch.device, preset: Preset | None = None) -> dict:
     """An epoch of training and evaluation after one to warm up, data included; each loop in its own process."""
     preset = preset or preset_at_hand(device)
-    row: dict = {"preset": preset.name, "bfloat16": fast_bfloat16(device)}
+    row: dict = {"preset": preset.name, "bfloat16": has_fast_bfloat16(device)}
     for name, loop in {"classic": CLASSIC, "ours": OURS}.items():
         with own_process(loop) as pool:
             values = pool.submit(epochs, loop, preset, device).result()
@@ -313,24 +364,34 @@ def epoch(device: torch.device, preset: Preset | None = None) -> dict:
     return row
 
 
-def script(count: int, epochs: int = 4, **environment: str) -> dict:
-    """The results of `tutorial_lib.train`, seed 0, in processes that share the preset's batch."""
+def script(count: int, threads: int, epochs: int) -> dict:
+    """The results of `tutorial_lib.train`, seed 0, in processes that share the preset's batch and the threads."""
     preset = preset_at_hand(CPU)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    arguments = ["--preset", preset.name, "--epochs", str(epochs), "--batch-size", str(preset.batch_size // count)]
+    arguments = {"preset": preset.name, "epochs": epochs, "batch-size": preset.batch_size // count, "device": "cpu"}
     with tempfile.TemporaryDirectory() as out:
+        command = [f"--{name}={value}" for name, value in (arguments | {"out": out}).items()]
         subprocess.run(
-            [sys.executable, *launcher, "-m", "tutorial_lib.train", *arguments, "--out", out],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+            [sys.executable, *launcher, "-m", "tutorial_lib.train", *command],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads // count)},
             check=True,
             stdout=subprocess.DEVNULL,
         )
         return json.loads((Path(out) / "results.json").read_text())
 
 
-def two_scripts(classic: dict, ours: dict) -> dict:
-    row = {"preset": preset_at_hand(CPU).name, "epochs": 4}
-    for name, results in {"classic": classic, "ours": ours}.items():
+def processes_at_hand() -> int:
+    """As many as there are threads, but each has a whole number of the batch's images."""
+    batch_size, threads = preset_at_hand(CPU).batch_size, torch.get_num_threads()
+    return max(count for count in range(1, threads + 1) if batch_size % count == 0)
+
+
+def several_processes() -> dict:
+    """Four epochs of `tutorial_lib.train`: in one process, and in one for each core, with the APs of both."""
+    count = processes_at_hand()
+    row = {"preset": preset_at_hand(CPU).name, "epochs": 4, "processes": count}
+    for name, number in {"classic": 1, "ours": count}.items():
+        results = script(number, torch.get_num_threads(), epochs=4)
         row |= {name: results["training_seconds"]}
         row |= {f"{name}_{kind}": results[kind] for kind in ("box_AP", "mask_AP")}
     return row
@@ -338,34 +399,32 @@ def two_scripts(classic: dict, ours: dict) -> dict:
 
 def training() -> dict:
     """Two epochs of training, twice, in turn: the classic loop; `tutorial_lib.train` with a process for each core."""
-    preset, cores = preset_at_hand(CPU), torch.get_num_threads()
+    preset, count = preset_at_hand(CPU), processes_at_hand()
     rounds: dict[str, list[float]] = {"classic": [], "ours": []}
     for _ in range(2):
         with own_process(CLASSIC) as pool:
             rounds["classic"].append(sum(pool.submit(epochs, CLASSIC, preset, CPU).result()["training"]))
-        rounds["ours"].append(script(cores, epochs=2, OMP_NUM_THREADS="1")["training_seconds"])
+        rounds["ours"].append(script(count, torch.get_num_threads(), epochs=2)["training_seconds"])
     seconds = {name: statistics.mean(values) for name, values in rounds.items()}
-    return seconds | {"preset": preset.name, "epochs": 2, "processes": cores, "rounds": rounds}
+    return seconds | {"preset": preset.name, "epochs": 2, "processes": count, "rounds": rounds}
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WORKS: dict[str, Callable[[], dict]] = {
     "sample_from_disk": lambda: sample(in_memory=False),
     "sample_from_cache": lambda: sample(in_memory=True),
-    "train_step_cpu": lambda: train_step(CPU),
+    "train_step_cpu": lambda: train_step(CPU, one_after_the_other(CPU)),
     "inference_cpu": lambda: inference(CPU),
     "epoch_quick": lambda: epoch(CPU, choose_preset("quick")),
     "epoch_cpu": lambda: epoch(CPU),
-    "aspect_ratio_cpu": lambda: train_step(CPU, Loop(num_windows=1000), Loop()),
-    "channels_last_cpu": lambda: train_step(CPU, Loop(change=nothing), Loop(change=channels_last)),
     "training_cpu": training,
-    "two_processes_cpu": lambda: two_scripts(script(1), script(2, OMP_NUM_THREADS="1")),
-    "large_pages_cpu": lambda: two_scripts(script(1, THP_MEM_ALLOC_ENABLE="0"), script(1)),
+    "several_processes_cpu": several_processes,
+    "channels_last_cpu": lambda: train_step(CPU, {"contiguous": OURS, "last": replace(OURS, change=channels_last)}),
     "evaluator_50": lambda: evaluator(50, paste=True),
     "evaluator_1000": lambda: evaluator(1000, paste=True),
     "evaluator_50_pasted": lambda: evaluator(50, paste=False),
     "evaluator_1000_pasted": lambda: evaluator(1000, paste=False),
-    "train_step_cuda": lambda: train_step(CUDA),
+    "train_step_cuda": lambda: train_step(CUDA, one_after_the_other(CUDA)),
     "inference_cuda": lambda: inference(CUDA),
     "epoch_cuda": lambda: epoch(CUDA),
 }

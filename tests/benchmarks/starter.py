@@ -4,7 +4,8 @@
 
 `quick` finetunes on the drawn sample with 5 seeds, as notebook 04; `laptop` on PennFudan (PENN_FUDAN_ROOT) with 3 seeds
 from the starter weights and 3 from random ones, with the same budget: 4 epochs, a sixth of notebook 04's. Rows of
-``results/starter.json`` that are there already, of the same weights and code, are not measured again.
+``results/starter.json`` that are there already, of the same weights and code, are not measured again, nor those of a
+preset that is not named.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ if __name__ == "__main__":
     same = {"library_hash": library_hash(), "this_file": hashlib.sha256(open(__file__, "rb").read()).hexdigest()[:16]}
     path = RESULTS / "starter.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = [row for row in rows if all(row[key] == value for key, value in same.items())]
+    asked_for = arguments.presets
+    rows = [r for r in rows if r["preset"] not in asked_for or all(r[key] == value for key, value in same.items())]
     known = {(row["preset"], row["weights"], row["seed"]) for row in rows}
     jobs = [
         (choose_preset(name), seed, weights)

@@ -4,7 +4,7 @@
 
 At `quick`, on the drawn sample, with 10 batches an epoch; at `laptop`, on PennFudan (PENN_FUDAN_ROOT), with 25, and the
 4 epochs of ``starter.py``. With as many windows as batches it is plain shuffling. Rows go to ``results/windows.json``;
-those that are there already are not measured again.
+those that are there already are not measured again, so delete the file to measure all with new code.
 """
 
 from __future__ import annotations
