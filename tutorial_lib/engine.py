@@ -265,7 +265,7 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
     Args:
         model: any module that maps a list of images to a list of dicts with ``boxes``,
             ``labels``, ``scores`` and, for mask AP, ``masks``. It is left in the mode it was in.
-        data_loader: gives (images, targets); shuffling does not matter. Where its ``sampler`` is a
+        data_loader: gives (images, targets); shuffling does not matter. Where it has a
             ``DistributedSampler``, every process has a part of the data set and has to call this; each then
             gets the results of all images, in the data set's order. An image that the sampler has repeated
             to make the parts equal counts once. A batch sampler of several processes is refused.
@@ -276,7 +276,8 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
 
     Source: notebook 02 uses it, notebook 05 builds it; https://cocodataset.org/#detection-eval
     """
-    if getattr(getattr(data_loader, "batch_sampler", None), "num_replicas", 1) > 1:
+    batch_sampler = getattr(data_loader, "batch_sampler", None)
+    if getattr(batch_sampler, "num_replicas", 1) > 1:
         raise ValueError("data_loader has a batch_sampler that leaves images to other processes; evaluation needs all")
     compared = []
     with mode_kept(model), _masks_unpasted(model):
@@ -289,7 +290,7 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
                 except ValueError as error:
                     where = f"image {len(compared)} of the loader, image_id {target.get('image_id')}"
                     raise ValueError(f"{where}: {error}") from error
-    sampler = getattr(data_loader, "sampler", None)
+    sampler = getattr(batch_sampler, "sampler", None) or getattr(data_loader, "sampler", None)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, list(zip(sampler, compared, strict=False)))

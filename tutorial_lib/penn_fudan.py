@@ -83,7 +83,8 @@ def read_image(path: str | Path, mode: str | None = None) -> Tensor:
             grey values and palette indices as they are.
 
     Plain PNG files, as PennFudan's, are decoded by kornia_rs, faster than by Pillow (notebook 07). All others are
-    Pillow's, and so are damaged and very large ones, which it refuses.
+    Pillow's, and so are those that kornia_rs refuses, of which Pillow says what is wrong. A file whose checksums (CRC)
+    fit its pixels is taken; Pillow looks at those of other parts, too.
 
     Raises:
         OSError: there is no such file, or it may not be read.
@@ -238,7 +239,7 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     torchvision's detectors pad the images of a batch to the widest and the tallest, and compute on the padding
     too. In every epoch the images are shuffled and cut into windows, those of a window are sorted by aspect ratio and
     cut into batches, and the batches are shuffled. What is left over, less than a batch of each process, is dropped, in
-    every epoch anew.
+    every epoch anew: it is for training, not for evaluation.
 
     Args:
         aspect_ratios: width / height of every image of the data set, in its order.
@@ -269,7 +270,7 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         generator: torch.Generator | None = None,
     ):
-        self.aspect_ratios = torch.as_tensor(aspect_ratios, dtype=torch.float64)
+        self.aspect_ratios = torch.as_tensor(aspect_ratios, dtype=torch.float64).clone()
         if self.aspect_ratios.dim() != 1 or not (self.aspect_ratios.isfinite() & (self.aspect_ratios > 0)).all():
             raise ValueError("aspect_ratios has to be one finite number over 0, width / height, for each image")
         numbers = {"batch_size": batch_size, "num_windows": num_windows, "num_replicas": num_replicas}

@@ -296,7 +296,9 @@ ways = {
     "Pillow": lambda path: np.asarray(Image.open(path).convert("RGB")),
     "read_image": lambda path: read_image(path, "RGB").permute(1, 2, 0).numpy(),
 }
-assert all(np.array_equal(*(decode(path) for decode in ways.values())) for path in paths)
+assert all(
+    np.array_equal(*(decode(path) for decode in ways.values())) for path in paths
+)
 decoding = {}
 for name, decode in ways.items():
     begun = now()
@@ -385,7 +387,9 @@ for which, min_size in sizes_of.items():
 model.transform.min_size = preset.min_size[-1:]
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 0.5 + 0.35 * len(padding)), layout="constrained")
+figure, axes = plt.subplots(
+    figsize=(6, 0.5 + 0.35 * len(padding)), layout="constrained"
+)
 bars = axes.barh(list(padding), [100 * share for share in padding.values()])
 axes.bar_label(bars, fmt="%.0f %%", padding=3)
 axes.set(xlabel="padding, in percent of the pixels that are computed")
@@ -612,7 +616,10 @@ for row in rows:
         pairs = zip(*row["rounds"].values(), strict=True)
         spread = [round(classic / ours, 2) for classic, ours in pairs]
     numbers = f"{row['classic']:9.4f}{row['ours']:9.4f}{row['ratio']:7.2f}"
-    print(f"{row['work']:24}{row.get('preset', ''):8}{numbers}", *([spread] * bool(spread)))
+    print(
+        f"{row['work']:24}{row.get('preset', ''):8}{numbers}",
+        *([spread] * bool(spread)),
+    )
 
 # %% [markdown]
 # Of the epochs, the parts (`classic` first) and the peak of memory in training:
@@ -659,7 +666,9 @@ if compared_ways:
     axes.set_xlabel("how many times as fast as the classic way")
     axes.invert_yaxis()
     plt.show()
-measured_on = {f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows}
+measured_on = {
+    f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows
+}
 print(*sorted(measured_on), sep="\n")
 
 # %% tags=["results", "nbval-ignore-output"]
