@@ -89,6 +89,22 @@ def test_a_number_that_is_not_positive_is_refused(tmp_path, argument):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "0"], "--learning-rate 0.0 must be over 0"),
+        (["--learning-rate", "nan"], "--learning-rate nan must be over 0"),
+        (["--device", "gpu"], "argument --device: invalid a_device value: 'gpu'"),
+        (["--device", "cuda"], "--device cpu goes without"),
+    ],
+)
+def test_arguments_that_cannot_be(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    finished = launch(1, "-m", "tutorial_lib.train", *arguments, "--out", str(tmp_path / "out"))
+    assert finished.returncode == 2 and message in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_images_a_step_than_there_are_are_refused(tmp_path):
     command = ["-m", "tutorial_lib.train", "--preset", "quick", "--batch-size", "21", "--out", str(tmp_path / "out")]
     finished = launch(2, *command)
@@ -138,7 +154,7 @@ print(sum(int(kib) for kib in re.findall(r"AnonHugePages:\\s+(\\d+)", open("/pro
         command = [sys.executable, "-c", code]
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         found[chosen] = int(finished.stdout)
-    assert found["0"] < 128 * 1024 < found["1"]  # of 256 MiB
+    assert found["1"] > found["0"] + 16 * 1024  # KiB, of the tensor's 256 MiB: how many Linux finds differs
 
 
 def test_a_failure_of_one_process_ends_the_run(tmp_path):

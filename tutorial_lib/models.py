@@ -95,7 +95,7 @@ class EmbeddingBagRoIAlign(MultiScaleRoIAlign):
         return means.view(len(index), bins_y, bins_x, pixels.shape[1]).permute(0, 3, 1, 2).contiguous()
 
     def __prepare_scriptable__(self) -> MultiScaleRoIAlign:
-        """What ``torch.jit.script`` takes in its place."""
+        """What ``torch.jit.script`` takes in its place, and leaves in the model that it was given."""
         levels = {"canonical_scale": self.canonical_scale, "canonical_level": self.canonical_level}
         return MultiScaleRoIAlign(self.featmap_names, self.output_size, self.sampling_ratio, **levels)
 

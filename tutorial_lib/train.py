@@ -3,7 +3,7 @@
 It differs in the order of the images: those of a batch have similar shapes, unless ``--num-windows`` is large.
 
     python -m tutorial_lib.train --out runs/first
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/first
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/second
 
 Each process takes its own images, and the gradients are averaged, so two processes make half as many steps, of twice
 the batch size, unless ``--batch-size`` halves it; the learning rate is not changed for it. (On Windows, set
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from dataclasses import replace
@@ -137,31 +138,45 @@ def train(
     }
 
 
+def a_device(text: str) -> torch.device:
+    """For argparse, which tells the user of a ValueError alone."""
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise ValueError from error
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder, made if need be")
-    parser.add_argument("--preset", choices=PRESETS, help="else TUTORIAL_PRESET; else full with CUDA, quick without")
+    parser.add_argument("--preset", choices=PRESETS, help="else TUTORIAL_PRESET; else full on CUDA, quick elsewhere")
     parser.add_argument("--epochs", type=int, help="else the preset's long_epochs")
     parser.add_argument("--batch-size", type=int, help="of each process; else the preset's")
     parser.add_argument("--learning-rate", type=float, help="else the preset's")
     parser.add_argument("--num-windows", type=int, default=5, help="fewer: less padding; 1000: plain shuffling")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, help="else cuda where there is a card, or mps; else cpu")
+    parser.add_argument(
+        "--device", type=a_device, help="cuda, cpu …; else cuda where there is a card, or mps; else cpu"
+    )
     arguments = parser.parse_args()
     for name in ("epochs", "batch_size", "num_windows"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: at least one is needed")
+    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < math.inf:
+        parser.error(f"--learning-rate {arguments.learning_rate} must be over 0")
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = arguments.device or pick_device()
     if device.type == "cuda":
         if world > torch.cuda.device_count():
-            parser.error(f"{torch.cuda.device_count()} card(s) for {world} processes; CUDA_VISIBLE_DEVICES= for CPU")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            parser.error(f"{torch.cuda.device_count()} card(s) for {world} process(es); --device cpu goes without")
+        if world > 1 or device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     elif world > 1:
         device = torch.device("cpu")  # gloo has no MPS
-    preset = choose_preset(arguments.preset)
+    named = arguments.preset or os.environ.get("TUTORIAL_PRESET")
+    preset = choose_preset(named or ("full" if device.type == "cuda" else "quick"))
     preset = replace(preset, batch_size=arguments.batch_size or preset.batch_size)
     if world * preset.batch_size > preset.split[0]:
         whole = f"{world} process(es) with batches of {preset.batch_size}"

@@ -246,18 +246,17 @@ boxes = [of_image[:64] for of_image in proposals]
 # %%
 from tutorial_lib.models import EmbeddingBagRoIAlign
 
-computed, roi_times = [], {}
-for roi_align in (MultiScaleRoIAlign, EmbeddingBagRoIAlign):
-    pool = roi_align(LEVELS, output_size=7, sampling_ratio=2)
-    rounds = []
-    for _ in range(4):
+computed, rounds = {}, {"MultiScaleRoIAlign": [], "EmbeddingBagRoIAlign": []}
+for _ in range(4):
+    for roi_align in (MultiScaleRoIAlign, EmbeddingBagRoIAlign):
+        pool = roi_align(LEVELS, output_size=7, sampling_ratio=2)
         begun = now()
         values = pool(features, boxes, prepared.image_sizes)
         gradients = torch.autograd.grad(values.square().sum(), maps)
-        rounds.append(now() - begun)
-    computed.append([values, *gradients])
-    roi_times[roi_align.__name__] = min(rounds[1:])
-torch.testing.assert_close(*computed, rtol=1e-3, atol=1e-3)
+        rounds[roi_align.__name__].append(now() - begun)
+        computed[roi_align.__name__] = [values, *gradients]
+torch.testing.assert_close(*computed.values(), rtol=1e-3, atol=1e-3)
+roi_times = {name: min(times[1:]) for name, times in rounds.items()}
 if device.type == "cpu":
     assert roi_times["EmbeddingBagRoIAlign"] < roi_times["MultiScaleRoIAlign"]
 
@@ -283,7 +282,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 #
 # A PNG file is decompressed in every epoch. Pillow does it in C, and
 # [kornia-rs](https://github.com/kornia/kornia-rs) in Rust; the library's `read_image` takes kornia-rs for plain PNG files and Pillow for all
-# others. Both give the same pixels:
+# others. (So the clock of the data above had it already.) Both give the same pixels:
 
 # %%
 import numpy as np
@@ -406,6 +405,7 @@ assert least < most
 
 # %%
 import json
+import math
 from itertools import groupby
 from pathlib import Path
 
@@ -561,7 +561,8 @@ def grouped_loader(part, batch_size, num_windows=5):
 
 # %% [markdown]
 # The loop around it is notebook 02's `train_one_epoch`, which reads the losses once an epoch, with AdamW in its `fused` form: one call for all
-# parameters. An epoch of a few batches, as it was and as it is now, one after the other:
+# parameters. An epoch of a few batches, as it was and as it is now, one after the other. (So few batches are one window; at five, and of all images,
+# the table further down has an epoch.)
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import train_one_epoch
@@ -602,7 +603,9 @@ for row in rows:
             ratio = row["classic"] / value
             print(f"  {name:42}{value:7.3f} s a step {ratio:6.2f} times as fast")
 if rows and "train_step_cuda" not in by_work:
-    print("No card has been measured yet: python -m tests.benchmarks.speed epoch_cuda")
+    print("No card has been measured yet. With one, and PENN_FUDAN_ROOT:")
+    works = "train_step_cuda inference_cuda epoch_cuda"
+    print(f"  python -m tests.benchmarks.speed {works}")
 
 # %% [markdown]
 # All that was timed the classic way and ours, in seconds. In brackets: the ratios between which the middle half of the pairs lay, or
@@ -625,22 +628,22 @@ for row in rows:
 # Of the epochs, the parts (`classic` first) and the peak of memory in training:
 
 # %%
+print(f"{'':13}{'preset':8}{'training [s]':>15}{'evaluation [s]':>17}{'memory [GB]':>15}")
 for row in rows:
-    if row["work"].startswith("epoch") and row["ours_peak_bytes"]:
-        print(f"{row['work']}, {row['preset']}:", end="")
+    if row["work"].startswith("epoch"):
+        print(f"{row['work']:13}{row['preset']:8}", end="")
         for kind, unit in {"training": 1, "evaluation": 1, "peak_bytes": 1e9}.items():
-            pair = (row[f"classic_{kind}"] / unit, row[f"ours_{kind}"] / unit)
-            name = "peak of memory" if kind == "peak_bytes" else kind
-            print(f"  {name}", *(f"{value:.2f}" for value in pair), end="")
-            print(" s," if unit == 1 else " GB")
+            pair = [row[f"{way}_{kind}"] or math.nan for way in ("classic", "ours")]
+            print(*(f"{value / unit:7.2f}" for value in pair), end="  ")
+        print()
 
 # %% [markdown]
-# `sample_…` is one image with its target, without augmentation; `train_step_…` is the last line of the table above beside its first, and `inference_…` this notebook's, both at all
-# the preset's images. `epoch_…` is the second epoch of training, data included, and an evaluation of the test images with 100 detections each. `training_cpu` is two
-# epochs of training, the mean of two rounds: the classic loop beside `tutorial_lib.train` with a process for each core, four images a step both.
+# `sample_…` is one image with its target, without augmentation, from Pillow the classic way; `train_step_…` is the last line of the table above beside its first, on all training images.
+# `inference_…` predicts the masks over 0.5 of 30 images, one by one. `epoch_…` is the second epoch of training, data included, and an evaluation of the test images with 100 detections each. `training_cpu` is two
+# epochs of training, the mean of two rounds: the classic loop beside `tutorial_lib.train` with several processes of one thread, four images a step both.
 # `evaluator_N` is the evaluator alone, on N images with 100 detections each; `_pasted` gives both evaluators full-size masks.
 #
-# Two rows put a single change beside the library's loop without it: `several_processes_…` one process for each core in place of one for all, and
+# Two rows put a single change beside the library's loop without it: `several_processes_…` several processes of one thread in place of one with as many threads, and
 # `channels_last_…` that memory format. Where the ratio is under 1 the change made it slower, and the library leaves it out.
 #
 # Samples, steps and predictions were timed in turn, which a machine that is not equally fast all the time disturbs least. Epochs, evaluators and the trainings of

@@ -4,7 +4,7 @@
 
 Rows of ``results/speed.json`` hold the seconds of both and their ratio; works that are not named keep their rows. The
 loop that they are compared with is in ``classic.py``. Set PENN_FUDAN_ROOT to measure on the photographs. The works of
-the name `..._cuda` need a card, but no network: the model has random weights there.
+the name `..._cuda` need a card, and with PENN_FUDAN_ROOT no network: the model has random weights there.
 """
 
 from __future__ import annotations
@@ -190,9 +190,11 @@ CLASSIC = replace(PLAIN, classic=True)
 
 
 def one_after_the_other(device: torch.device) -> dict[str, Loop]:
-    """From the classic loop to ours, one change at a time."""
-    loops = {"classic": CLASSIC, "fused AdamW, losses read once an epoch": PLAIN}
-    if device.type == "cpu":
+    """From the classic loop to ours, one change at a time; all have their batches in memory."""
+    loops = {"classic": CLASSIC, "fused AdamW": PLAIN}
+    if device.type == "cuda":
+        loops = {"classic": CLASSIC, "fused AdamW, pinned memory": PLAIN}
+    else:
         loops["large pages"] = replace(PLAIN, large_pages=True)
         loops["RoIAlign as an embedding bag"] = replace(OURS, num_windows=1000, change=nothing)
     loops["images of similar shapes"] = replace(OURS, change=nothing)
@@ -291,13 +293,18 @@ def train_step(device: torch.device, loops: dict[str, Loop]) -> dict:
 def inference(device: torch.device) -> dict:
     """Detections with a score of at least 0.5 and their masks, of one image after the other, before finetuning.
 
-    At full the weights are random, and so are the scores: ``detections_over_0.5`` says how many masks were wanted.
+    At full the weights are random, and the scores of two classes near 0.5: ``detections_over_0.5`` says how many masks
+    were wanted.
     """
     preset = preset_at_hand(device)
-    torch.manual_seed(0)
-    classic = detector(preset, MultiScaleRoIAlign).to(device)
-    torch.manual_seed(0)
-    ours = detector(preset, EmbeddingBagRoIAlign).to(device)
+    models = []
+    for roi_align in (MultiScaleRoIAlign, EmbeddingBagRoIAlign):
+        torch.manual_seed(0)
+        model = detector(preset, roi_align)
+        if preset.name == "full":
+            replace_mask_predictor(replace_box_predictor(model, 2), 2)
+        models.append(model.to(device))
+    classic, ours = models
     use_bfloat16(ours, device)
     dataset = PennFudanDataset(prepare_data(preset), get_transform(train=False))
     images = [dataset[index][0] for index in range(30)]
@@ -434,12 +441,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("works", nargs="*", default=at_hand, help=", ".join(WORKS))
     works = parser.parse_args().works
+    if unknown := set(works) - WORKS.keys():
+        parser.error(f"there is no work {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
     path = RESULTS / "speed.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = {row["work"]: row for row in rows}
     for work in works:
         device = CUDA if work.endswith("_cuda") else CPU
-        row = {"work": work, **WORKS[work](), **provenance(device)}
+        row = {"work": work, **provenance(device), **WORKS[work]()}
         row["ratio"] = round(row["classic"] / row["ours"], 2)
         rows[work] = row
         print(row, flush=True)
