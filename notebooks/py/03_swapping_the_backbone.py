@@ -34,7 +34,7 @@
 # | preset | compared with | trunks start from | time |
 # |---|---|---|---|
 # | `quick` | `fasterrcnn_mini_fpn` | random weights | 2.6 min on one CPU core |
-# | `laptop` | the same | random weights | 22 min on one CPU core |
+# | `laptop` | the same | random weights | 28 min on one CPU core |
 # | `full` | `fasterrcnn_resnet50_fpn` | ImageNet weights | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
