@@ -33,7 +33,7 @@
 # | preset | detector | trained on | time |
 # |---|---|---|---|
 # | `quick` | `fasterrcnn_mini_fpn`, 2.2 M parameters | 40 drawn scenes | 1.3 min on one CPU core |
-# | `laptop` | the same | 100 photographs | 6.2 min on one CPU core |
+# | `laptop` | the same | 100 photographs | 7.3 min on one CPU core |
 # | `full` | `fasterrcnn_resnet50_fpn`, 41.8 M parameters | 100 photographs | not measured yet: it needs a CUDA card |
 
 # %% [markdown]

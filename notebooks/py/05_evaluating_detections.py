@@ -32,7 +32,7 @@
 # | preset | trains | time |
 # |---|---|---|
 # | `quick` | `maskrcnn_mini_fpn`, 4 epochs for each of three seeds | 2.6 min on one CPU core |
-# | `laptop` | the same, on PennFudan | 8.8 min on one CPU core |
+# | `laptop` | the same, on PennFudan | 11 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn`, the same | not measured yet: it needs a CUDA card |
 
 # %% [markdown]

@@ -609,7 +609,7 @@ if rows and "train_step_cuda" not in by_work:
 
 # %% [markdown]
 # All that was timed the classic way and ours, in seconds. In brackets: the ratios between which the middle half of the pairs lay, or
-# those of two rounds:
+# those of each round:
 
 # %%
 print(f"{'':24}{'preset':8}{'classic':>9}{'ours':>9}{'ratio':>7}")
@@ -646,8 +646,8 @@ for row in rows:
 # Two rows put a single change beside the library's loop without it: `several_processes_…` several processes of one thread in place of one with as many threads, and
 # `channels_last_…` that memory format. Where the ratio is under 1 the change made it slower, and the library leaves it out.
 #
-# Samples, steps and predictions were timed in turn, which a machine that is not equally fast all the time disturbs least. Epochs, evaluators and the trainings of
-# `several_processes_…` were timed once, one way after the other; how far two rounds of such a time can differ, `training_cpu` shows.
+# Samples, steps and predictions were timed in turn, which a machine that is not equally fast all the time disturbs least. Epochs, the trainings of
+# `several_processes_…` and `evaluator_1000…` were timed once, one way after the other; how far two rounds of such a time can differ, `training_cpu` shows.
 
 # %%
 compared_ways = {
