@@ -31,7 +31,7 @@
 #
 # | preset | model | epochs | time |
 # |---|---|---|---|
-# | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 2.1 min on one CPU core |
+# | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 2.6 min on one CPU core |
 # | `laptop` | the same, 208 to 320 pixels | 24 | 26 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn`, 44.4 M parameters, 800 pixels | 10 | not measured yet: it needs a CUDA card |
 

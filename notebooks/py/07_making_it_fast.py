@@ -32,8 +32,8 @@
 #
 # | preset | measures | time |
 # |---|---|---|
-# | `quick` | `maskrcnn_mini_fpn` on drawn scenes | 60 s on one CPU core |
-# | `laptop` | the same on photographs | 1.1 min on one CPU core |
+# | `quick` | `maskrcnn_mini_fpn` on drawn scenes | 49 s on one CPU core |
+# | `laptop` | the same on photographs | 1.2 min on two CPU cores |
 # | `full` | `maskrcnn_resnet50_fpn` on photographs | not measured yet: it needs a CUDA card |
 
 # %% [markdown]
