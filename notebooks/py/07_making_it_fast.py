@@ -135,8 +135,7 @@ from tutorial_lib.engine import to_device
 model = build_model(MultiScaleRoIAlign).train()
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 seconds = {"data": 0.0, "forward": 0.0, "backward": 0.0, "update": 0.0}
-warm_up = model(*to_device(*next(iter(loader)), device))  # the first round is slower
-sum(warm_up.values()).backward()
+sum(model(*to_device(*next(iter(loader)), device)).values()).backward()  # slow once
 begun = now()
 for images, targets in loader:
     decoded = now()
