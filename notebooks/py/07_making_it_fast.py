@@ -385,9 +385,7 @@ for which, min_size in sizes_of.items():
 model.transform.min_size = preset.min_size[-1:]
 
 # %%
-figure, axes = plt.subplots(
-    figsize=(6, 0.5 + 0.35 * len(padding)), layout="constrained"
-)
+figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
 bars = axes.barh(list(padding), [100 * share for share in padding.values()])
 axes.bar_label(bars, fmt="%.0f %%", padding=3)
 axes.set(xlabel="padding, in percent of the pixels that are computed")
