@@ -1,6 +1,7 @@
 """Notebook 04's run as a script, in one process or in several of PyTorch's own launcher, on one machine.
 
-It differs in the order of the images: those of a batch have similar shapes, unless ``--num-windows`` is large.
+It differs in the order of the images: those of a batch have similar shapes, where an epoch has more batches than
+``--num-windows``.
 
     python -m tutorial_lib.train --out runs/first
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/second

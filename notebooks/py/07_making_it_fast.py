@@ -269,8 +269,8 @@ axes.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# The numbers are the same up to rounding, so nothing has to be asked about AP. The library's small models have it built in,
-# and other models take it as torchvision's own arguments, `box_roi_pool` and `mask_roi_pool`. From here on the model has it:
+# The numbers are the same up to rounding. (Two trainings that differ in rounding alone still drift apart, and end with
+# other APs.) The library's small models have it built in, and other models take it as torchvision's own arguments, `box_roi_pool` and `mask_roi_pool`. From here on the model has it:
 
 # %%
 model = build_model(EmbeddingBagRoIAlign).train()
@@ -398,7 +398,7 @@ assert least < most
 # %% [markdown]
 # Whether AP stays is a question for whole trainings. `python -m tests.benchmarks.windows` asked it in a clone of this project:
 # notebook 04's finetuning with three seeds each, on drawn scenes (`quick`: 10 batches an epoch, 10 epochs) and on photographs
-# (`laptop`: 25 batches an epoch, 4 epochs), on a CPU:
+# (`laptop`: 25 batches an epoch, 4 epochs), on a CPU, with torchvision's RoIAlign:
 
 # %%
 import json
