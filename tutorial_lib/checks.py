@@ -1,4 +1,4 @@
-"""What a data set has to give torchvision's detection models, checked sample by sample, in plain English.
+"""What a dataset has to give torchvision's detection models, checked sample by sample, in plain English.
 
 ``PROBLEMS`` lists all that is looked for. Notebook 06 uses :func:`check_dataset` on data of one's own.
 """
@@ -32,7 +32,7 @@ from torchvision.ops import box_convert, box_iou
 from torchvision.tv_tensors import BoundingBoxes
 from tqdm import tqdm
 
-from tutorial_lib.penn_fudan import boxes_from_masks
+from tutorial_lib.data import boxes_from_masks
 from tutorial_lib.visualization import show
 
 _FLOAT_IMAGE = "v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])"
@@ -49,8 +49,8 @@ _READ_AGAIN = 32  # so many samples
 
 # Each kind of problem: how bad it is, and what to do.
 PROBLEMS: dict[str, tuple[str, str]] = {
-    "empty data set": ("error", "Look at the path and the pattern that the files are searched with."),
-    "no objects in the data set": ("error", "Look at how the annotations are read, and matched with the images."),
+    "empty dataset": ("error", "Look at the path and the pattern that the files are searched with."),
+    "no objects in the dataset": ("error", "Look at how the annotations are read, and matched with the images."),
     "unreadable sample": ("error", "Call dataset[index] to see the whole traceback; repair or leave out the file."),
     "sample is not a pair": ("error", "__getitem__ returns (image, target)."),
     # The image
@@ -98,10 +98,10 @@ PROBLEMS: dict[str, tuple[str, str]] = {
     "box and mask disagree": ("error", "Are they in one order? boxes_from_masks(masks) gives the boxes of masks."),
     "box differs from its mask": ("warning", "Fine if boxes include hidden parts; else use boxes_from_masks(masks)."),
     "boxes one pixel short": ("warning", _LAST_PIXEL),
-    # Several readings, several data sets
+    # Several readings, several datasets
     "image and boxes move apart": ("error", _TOGETHER),
     _ALONE: ("warning", f"If an augmentation crops, shifts or rotates the image: {_TOGETHER}"),
-    "image in both data sets": ("error", "Split by file; what belongs together (a video, a patient), into one part."),
+    "image in both datasets": ("error", "Split by file; what belongs together (a video, a patient), into one part."),
 }
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -117,7 +117,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of one sample; ``kind`` is a key of :data:`PROBLEMS`, ``index`` None for the data set as a whole."""
+    """One problem of one sample; ``kind`` is a key of :data:`PROBLEMS`, ``index`` None for the dataset as a whole."""
 
     kind: str
     message: str
@@ -137,7 +137,7 @@ class Finding:
     @property
     def where(self) -> str:
         if self.index is None:
-            return "data set"
+            return "dataset"
         return f"sample {self.index}" + (f" ({self.file})" if self.file else "")
 
 
@@ -216,7 +216,7 @@ class Report:
             return self
         lines = [f"{error.where}: {error.kind}: {error.message} {error.hint}" for error in self.errors[:3]]
         more = [f"... and {_count(len(self.errors) - 3, 'more error')}"] if len(self.errors) > 3 else []
-        raise ValueError("\n".join(["the data set cannot be trained on:", *lines, *more]))
+        raise ValueError("\n".join(["the dataset cannot be trained on:", *lines, *more]))
 
 
 def _count(number: int, noun: str) -> str:
@@ -252,7 +252,7 @@ def _picture(image: Any, target: Any, title: str) -> bytes:
 def check_dataset(
     dataset: Dataset, num_classes: int | None = None, other: Dataset | None = None, *, progress: bool = True
 ) -> Report:
-    """Look at every sample of a data set for what would fail in training or evaluation, or teach something wrong.
+    """Look at every sample of a dataset for what would fail in training or evaluation, or teach something wrong.
 
     Up to 32 samples with objects are read several times, to see whether random transforms move image and boxes
     together. The generators of torch (on the CPU), numpy and ``random`` are seeded meanwhile, and set back afterwards.
@@ -263,7 +263,7 @@ def check_dataset(
             absolute pixels and ``labels`` int64 [N] from 1; it may have ``masks`` uint8 or bool [N, H, W] of 0 and
             1, ``image_id`` int, ``area`` [N] and ``iscrowd`` [N]. Files are named where it has ``file_names``.
         num_classes: the model's, background included; labels must be under it.
-        other: a second data set, say the test images, that should share no image with the first. Compared by
+        other: a second dataset, say the test images, that should share no image with the first. Compared by
             ``root`` and ``file_names`` where both have them and the same root, else by pixels: then give both
             without random transforms. It is not checked itself.
         progress: show a bar.
@@ -275,7 +275,7 @@ def check_dataset(
     """
     for data in [dataset] if other is None else [dataset, other]:
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, IterableDataset):
-            need = "check_dataset needs a data set with __len__ and __getitem__ (of a DataLoader, its .dataset)"
+            need = "check_dataset needs a dataset with __len__ and __getitem__ (of a DataLoader, its .dataset)"
             raise TypeError(f"{need}, not a {type(data).__name__}")
     files, other_files = _files(dataset), _files(other)
     by_name = bool(files and other_files) and files[0][0] == other_files[0][0]
@@ -309,8 +309,8 @@ def check_dataset(
             places = {key: j for j, key in enumerate(others) if key is not None}
             for index, key in enumerate(files if by_name else digests):
                 if key in places:
-                    message = f"It is sample {places[key]} of the other data set, too."
-                    findings.append(Finding("image in both data sets", message, index, names[index]))
+                    message = f"It is sample {places[key]} of the other dataset, too."
+                    findings.append(Finding("image in both datasets", message, index, names[index]))
     for image_id, indices in ids.items():
         if len(indices) > 1:
             message = f"The samples {_some(indices)} have the image_id {image_id}."
@@ -320,9 +320,9 @@ def check_dataset(
         if 2 * sum(finding.kind == kind for finding in findings) <= tried:
             findings = [finding for finding in findings if finding.kind != kind]
     if not len(dataset):
-        findings.append(Finding("empty data set", "It has length 0."))
+        findings.append(Finding("empty dataset", "It has length 0."))
     elif not objects:
-        findings.append(Finding("no objects in the data set", f"No box in {_count(len(dataset), 'sample')}."))
+        findings.append(Finding("no objects in the dataset", f"No box in {_count(len(dataset), 'sample')}."))
     worst = tuple((finding, sample) for _, finding, sample in worst if finding in findings)
     return Report(tuple(findings), len(dataset), sum(objects.values()), worst)
 

@@ -1,9 +1,8 @@
 """From predictions and targets to COCO's box and mask AP, as data.
 
-Each image is reduced to its IoUs (:func:`compare`), without run-length encodings and,
-for torchvision's own models, without pasting masks to full size; :func:`coco_metrics`
-matches and counts them all as pycocotools does, and the tests hold it to pycocotools'
-numbers. Metrics: https://cocodataset.org/#detection-eval; notebook 05.
+Each image is reduced to its IoUs (:func:`compare`), without run-length encodings;
+:func:`coco_metrics` matches and counts them all as pycocotools does, and the tests hold it
+to pycocotools' numbers. Metrics: https://cocodataset.org/#detection-eval; notebook 06.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
+from torchvision.models.detection.roi_heads import expand_boxes
 
 _NAMES = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -132,9 +130,7 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
 
     Args:
         prediction: ``boxes`` float [D, 4] XYXY, ``labels`` int64 [D], ``scores`` [D] and, for
-            mask metrics, ``masks`` float [D, 1, H, W] in [0, 1], cut at 0.5. In their place
-            ``roi_masks`` float [D, 1, M, M], as Mask R-CNN predicts them, before they are
-            pasted into their boxes: the result is the same, and comes sooner.
+            mask metrics, ``masks`` float [D, 1, H, W] in [0, 1], cut at 0.5.
         target: ``boxes`` float [G, 4], ``labels`` int64 [G]; it may have ``masks`` uint8
             [G, H, W], ``area`` [G] and ``iscrowd`` [G].
         size: height and width of the image, in pixels.
@@ -151,12 +147,10 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
     inside = inside * np.maximum(np.minimum(y + h, gy + gh) - np.maximum(y, gy), 0)
     areas = (w * h)[:, 0]
     masks = {"mask_areas": None, "mask_ious": None}
-    roi = "roi_masks" in prediction
-    if (roi or "masks" in prediction) and ("masks" in target or not len(iscrowd)):
+    if "masks" in prediction and ("masks" in target or not len(iscrowd)):
         truth = target.get("masks", np.zeros((0, *size))).astype(bool)
-        crops = _roi_crops(prediction, size) if roi else _crops(prediction, size)
         mask_areas, mask_inside = np.zeros(len(areas)), np.zeros(inside.shape)
-        for d, (top, left, crop) in enumerate(crops):
+        for d, (top, left, crop) in enumerate(_crops(prediction, size)):
             mask_areas[d] = np.count_nonzero(crop)
             rows, columns = slice(top, top + crop.shape[0]), slice(left, left + crop.shape[1])
             mask_inside[d] = [np.count_nonzero(mask[rows, columns] & crop) for mask in truth]
@@ -175,7 +169,7 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
 
 
 def _as_numpy(output: dict, size: tuple[int, int], name: str) -> dict[str, np.ndarray]:
-    keys = ("boxes", "labels", "scores", "area", "iscrowd", "masks", "roi_masks")
+    keys = ("boxes", "labels", "scores", "area", "iscrowd", "masks")
     tensors = {key: output[key].detach().cpu() for key in keys if key in output}
     arrays = {k: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for k, t in tensors.items()}
     required = ("boxes", "labels", "scores") if name == "prediction" else ("boxes", "labels")
@@ -204,7 +198,7 @@ def _iou(inside: np.ndarray, areas: np.ndarray, target_areas: np.ndarray, iscrow
 
 def _crops(prediction: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
     """Top, left and bool pixels of every mask: of its box where nothing lies outside, of the whole image else."""
-    masks = prediction.get("masks", np.zeros((0, 1, *size))).reshape(-1, *size)
+    masks = prediction["masks"].reshape(-1, *size)
     boxes = expand_boxes(torch.from_numpy(prediction["boxes"]), 1.1).numpy()
     pixels = np.empty(size, bool)  # of one mask after the other: it stays in the processor's cache
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
@@ -213,18 +207,6 @@ def _crops(prediction: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator
         crop = pixels[top : max(int(bottom) + 2, 0), left : max(int(right) + 2, 0)]
         inside = np.count_nonzero(crop) == np.count_nonzero(pixels)
         yield (top, left, crop) if inside else (0, 0, pixels)
-
-
-def _roi_crops(prediction: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """The same from Mask R-CNN's own masks, as torchvision's ``paste_masks_in_image`` would paste them."""
-    masks, scale = expand_masks(torch.from_numpy(prediction["roi_masks"]), padding=1)
-    boxes = expand_boxes(torch.from_numpy(prediction["boxes"]), scale).to(torch.int64).tolist()
-    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
-        height, width = max(bottom - top + 1, 1), max(right - left + 1, 1)
-        pixels = interpolate(mask[None], size=(height, width), mode="bilinear", align_corners=False)[0, 0] > 0.5
-        rows, columns = slice(max(top, 0), min(bottom + 1, size[0])), slice(max(left, 0), min(right + 1, size[1]))
-        crop = pixels[rows.start - top : max(rows.stop - top, 0), columns.start - left : max(columns.stop - left, 0)]
-        yield rows.start, columns.start, crop.numpy()
 
 
 def _match(
@@ -337,12 +319,18 @@ def coco_metrics(images: Sequence[ImageIoUs]) -> CocoResults:
             place in this list, so that ``image_id`` need not be unique.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or some have masks, in target and prediction, and others do not.
     """
     if not images:
         raise ValueError("there are no images to evaluate on")
-    has_masks = all(image.mask_ious is not None for image in images)
-    has_masks = has_masks and any(image.mask_ious.shape != (0, 0) for image in images)
+    without = [i for i, image in enumerate(images) if image.mask_ious is None]
+    has_masks = any(image.mask_ious is not None and image.mask_ious.shape[1] for image in images)
+    if has_masks and without:
+        raise ValueError(
+            f"{len(without)} of {len(images)} images, the first with index {without[0]}, have no masks in their target "
+            "or prediction, and others have: give all of them masks, or none"
+        )
+    has_masks = has_masks or not without and any(image.mask_ious.shape != (0, 0) for image in images)
     return CocoResults(_metrics(images, "box"), _metrics(images, "mask") if has_masks else None, images)
 
 
@@ -363,7 +351,7 @@ def bootstrap_interval(
     Raises:
         ValueError: there are no objects.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; notebook 05.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; notebook 06.
     """
     if metrics.AP is None:
         raise ValueError("AP is None: there are no objects to resample")
@@ -382,16 +370,3 @@ def bootstrap_interval(
             aps.append(np.mean(per_class))
     low, high = np.quantile(aps, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation of one number over several seeds.
-
-    Raises:
-        ValueError: there are fewer than two values, which have no spread.
-
-    Source: notebook 05.
-    """
-    if len(values) < 2:
-        raise ValueError(f"the spread of {len(values)} value(s) is not known: train with at least two seeds")
-    return float(np.mean(values)), float(np.std(values, ddof=1))

@@ -1,106 +1,42 @@
-"""The Penn-Fudan pedestrian database: download, data set, split, batches, collate_fn.
+"""The Penn-Fudan pedestrian database: its dataset class, and its download.
 
-Notebook 01 builds them by hand, the batch sampler apart.
+Notebook 01 builds the class by hand.
 Data: Wang, Shi, Song, Shen, "Object Detection Combining Recognition and
 Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import operator
 import shutil
-import struct
-import sys
+import socket
 import tempfile
 import time
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from kornia_rs.io import decode_image_png_u8
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, Subset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.ops import masks_to_boxes
-from torchvision.transforms.v2.functional import pil_to_tensor
-from tqdm import tqdm
+
+from tutorial_lib.data import boxes_from_masks, opened, read_image
 
 URL = "https://www.cis.upenn.edu/~jshi/ped_html/PennFudanPed.zip"
 NUM_IMAGES = 170
 # Over the names and SHA-256 of the 340 files of PNGImages and PedMasks, in order.
 DIGEST = "313ac6cb0e3e2f9bc6b1d41903bd13b17707af114cfef636ff09a5de0ed44b0f"
 
+_MAX_BYTES = 100_000_000  # the archive has 51 MB, and 53 MB when it is unpacked
 _TIMEOUT = 30  # seconds without a byte
-_MAX_BYTES = 100_000_000  # what no answer may exceed; the archive has 51 MB
 _SCRATCH = ".PennFudanPed-download-"  # and what mkdtemp adds
 _DAY = 86_400
-
-# Bit depth, colour type, and no interlacing, as a PNG file's header has them; and kornia_rs's name for them.
-_PLAIN_PNG = {(None, 8, 0, 0): "mono", ("RGB", 8, 2, 0): "rgb"}
-_MAY_TURN = (b"eXIf", b"Raw profile", b"xmp")  # where a PNG file can say that the camera was turned
-
-
-def boxes_from_masks(masks: Tensor) -> Tensor:
-    """The boxes around instance masks.
-
-    Args:
-        masks: uint8 or bool [N, H, W], each with at least one pixel.
-
-    Returns:
-        float32 [N, 4], XYXY in absolute pixels, half-open: ``x2 - x1`` is the width
-        in pixels. (``torchvision.ops.masks_to_boxes`` gives the index of the last
-        pixel instead, one less at the right and at the bottom.)
-
-    Source: notebook 01.
-    """
-    boxes = masks_to_boxes(masks)
-    boxes[:, 2:] += 1
-    return boxes
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def read_image(path: str | Path, mode: str | None = None) -> Tensor:
-    """An image file as uint8 [C, H, W].
-
-    Args:
-        mode: ``"RGB"`` to convert to it, turned as the camera's EXIF note says; None to leave
-            grey values and palette indices as they are.
-
-    Plain PNG files, as PennFudan's, are decoded by kornia_rs, faster than by Pillow (notebook 07). All others are
-    Pillow's, and so are those that kornia_rs refuses, of which Pillow says what is wrong. A file whose checksums (CRC)
-    fit its pixels is taken; Pillow looks at those of other parts, too.
-
-    Raises:
-        OSError: there is no such file, or it may not be read.
-        ValueError: it cannot be read as an image; the message names it.
-    """
-    data = Path(path).read_bytes()
-    if data.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR") and not any(word in data for word in _MAY_TURN):
-        with contextlib.suppress(Exception):  # Pillow says what is wrong
-            width, height, depth, colour, interlaced = struct.unpack_from(">IIBBxxB", data, 16)
-            kind = _PLAIN_PNG[mode, depth, colour, interlaced]
-            if width * height <= Image.MAX_IMAGE_PIXELS:
-                return torch.from_numpy(decode_image_png_u8(data, (height, width), kind)).permute(2, 0, 1)
-    with _opened(path) as image:
-        if mode:
-            ImageOps.exif_transpose(image, in_place=True)
-        return pil_to_tensor(image if mode in (None, image.mode) else image.convert(mode))
 
 
 class PennFudanDataset(Dataset):
@@ -152,7 +88,7 @@ class PennFudanDataset(Dataset):
             ValueError: it is no image; the message names it.
         """
         path = self._mask_path(self.file_names[index])
-        with _opened(path) as mask:
+        with opened(path) as mask:
             return mask.height, mask.width
 
     def get_target(self, index: int) -> dict[str, Tensor | int]:
@@ -208,99 +144,6 @@ class PennFudanDataset(Dataset):
         return image, target
 
 
-def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int) -> tuple[Subset, ...]:
-    """Split a data set into parts of the given sizes, at random but always alike for a seed.
-
-    The same seed picks the same indices from every data set of the same length: call it
-    on a data set with training transforms for the first part, and on one without for
-    the others.
-
-    Raises:
-        ValueError: the sizes add up to more than the data set holds, or one is not positive.
-
-    Source: notebook 01.
-    """
-    if min(sizes) < 1 or sum(sizes) > len(dataset):
-        parts = f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)}"
-        raise ValueError(f"{parts}, the data set's length")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return tuple(Subset(dataset, order[end - size : end]) for size, end in zip(sizes, ends, strict=True))
-
-
-def collate_fn(batch: list[tuple]) -> tuple[tuple, ...]:
-    """From a list of (image, target) to (images, targets), two tuples: images differ in size, so nothing is stacked."""
-    return tuple(zip(*batch, strict=True))
-
-
-class AspectRatioBatchSampler(Sampler[list[int]]):
-    """Random batches of images of much the same shape, so that little of a batch is padding.
-
-    torchvision's detectors pad the images of a batch to the widest and the tallest, and compute on the padding
-    too. In every epoch the images are shuffled and cut into windows, those of a window are sorted by aspect ratio and
-    cut into batches, and the batches are shuffled. What is left over, less than a batch of each process, is dropped, in
-    every epoch anew: it is for training, not for evaluation.
-
-    Args:
-        aspect_ratios: width / height of every image of the data set, in its order.
-        batch_size: of each process.
-        num_windows: the fewer, the less padding, and the more often the same images meet again; with one for
-            each batch, or more, it is plain shuffling. Notebook 07 shows what both are worth.
-        num_replicas: the number of processes. Each takes its part of the same batches, so that none waits long for
-            another that has larger images.
-        rank: of this process.
-        generator: what draws the order; None is torch's own, as in ``torch.utils.data.RandomSampler``, and that is
-            in the checkpoints of :func:`tutorial_lib.engine.save_checkpoint`, while this one is not. Several
-            processes need one each, of the same seed, and have to draw the same number of epochs.
-
-    Raises:
-        ValueError: the ratios are not finite numbers over 0, there is not one batch for each process, a number is not
-            positive, or several processes have no generator.
-
-    Source: notebook 07; the grouping of torchvision's detection references.
-    """
-
-    def __init__(
-        self,
-        aspect_ratios: Sequence[float],
-        batch_size: int,
-        num_windows: int = 5,
-        *,
-        num_replicas: int = 1,
-        rank: int = 0,
-        generator: torch.Generator | None = None,
-    ):
-        self.aspect_ratios = torch.as_tensor(aspect_ratios, dtype=torch.float64).clone()
-        if self.aspect_ratios.dim() != 1 or not (self.aspect_ratios.isfinite() & (self.aspect_ratios > 0)).all():
-            raise ValueError("aspect_ratios has to be one finite number over 0, width / height, for each image")
-        numbers = {"batch_size": batch_size, "num_windows": num_windows, "num_replicas": num_replicas}
-        for name, number in numbers.items():
-            if operator.index(number) < 1:
-                raise ValueError(f"{name} {number} must be positive")
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank {rank} must be from 0 to num_replicas - 1, which is {num_replicas - 1}")
-        if len(aspect_ratios) < batch_size * num_replicas:
-            raise ValueError(
-                f"{len(aspect_ratios)} images are too few for {num_replicas} process(es) with batches of {batch_size}"
-            )
-        if num_replicas > 1 and generator is None:
-            raise ValueError("several processes draw the same batches only with a generator each, of the same seed")
-        self.batch_size, self.num_windows, self.generator = batch_size, num_windows, generator
-        self.num_replicas, self.rank = num_replicas, rank
-
-    def __len__(self) -> int:
-        return len(self.aspect_ratios) // (self.batch_size * self.num_replicas)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.batch_size * self.num_replicas
-        order = torch.randperm(len(self.aspect_ratios), generator=self.generator)[: len(self) * size]
-        windows = order.view(-1, size).tensor_split(min(self.num_windows, len(self)))
-        by_shape = [window.flatten()[self.aspect_ratios[window.flatten()].argsort()] for window in windows]
-        batches = torch.cat(by_shape).split(size)
-        for number in torch.randperm(len(batches), generator=self.generator).tolist():
-            yield batches[number][self.rank :: self.num_replicas].tolist()
-
-
 def _is_penn_fudan(folder: Path) -> bool:
     digest = hashlib.sha256()
     for path in sorted((folder / "PNGImages").glob("*.png")) + sorted((folder / "PedMasks").glob("*.png")):
@@ -323,9 +166,9 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
         masks are there, each as published (by their SHA-256).
 
     Raises:
-        ValueError: the address is not https.
-        RuntimeError: the download is cut short, is no zip file or holds other files than
-            PennFudan's. The message names the address and what came. Nothing is left behind.
+        ValueError: the address is not https, or redirects to one that is not.
+        RuntimeError: the download is cut short, is too large, is no zip file or holds other files
+            than PennFudan's. The message names the address and what came. Nothing is left behind.
         OSError: the address cannot be reached.
     """
     root = Path(root)
@@ -339,32 +182,45 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
         if time.time() - left_over.stat().st_mtime > _DAY:
             shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=root, prefix=_SCRATCH) as scratch:
-        archive = Path(scratch) / "PennFudanPed.zip"
-        _fetch(url, archive)
+        archive, unpacked = Path(scratch) / "PennFudanPed.zip", Path(scratch) / "PennFudanPed"
+        _download(url, archive)
         if not zipfile.is_zipfile(archive):
             start = archive.read_bytes()[:60]
-            raise RuntimeError(f"{url} gave no zip file, but something that starts with {start!r} (a proxy's page?)")
+            raise RuntimeError(
+                f"{url} gave no zip file, or not all of one: {archive.stat().st_size:,} bytes that start with "
+                f"{start!r} (is it the page of a proxy?)"
+            )
         try:
             with zipfile.ZipFile(archive) as zipped:
-                outside = [name for name in zipped.namelist() if not _stays_inside(Path(scratch), name)]
-                if not outside:
-                    zipped.extractall(scratch)
+                _limit(url, sum(file.file_size for file in zipped.infolist()))
+                zipped.extractall(scratch)  # drops ".." and drives from the names
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
             raise RuntimeError(f"{url}: the archive is damaged or cannot be unpacked ({error}); try again") from error
-        if outside:
-            raise RuntimeError(f"{url}: the archive would write outside its folder ({outside[0]!r}); not unpacked")
-        if not _is_penn_fudan(Path(scratch) / "PennFudanPed"):
+        if not _is_penn_fudan(unpacked):
             raise RuntimeError(f"{url}: the archive does not hold the {NUM_IMAGES} photographs and masks of PennFudan")
         try:
-            (Path(scratch) / "PennFudanPed").rename(folder)
+            unpacked.rename(folder)
         except OSError:  # another process was faster
             if not _is_penn_fudan(folder):
                 raise
     return folder
 
 
-def _stays_inside(folder: Path, name: str) -> bool:
-    return (folder / name).resolve().is_relative_to(folder.resolve())
+def _download(url: str, archive: Path) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)
+    try:
+        _require_https(url)
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
+            address = response.url  # after redirects
+            _require_https(address)
+            _limit(url, int(response.headers.get("Content-Length", 0)))
+        torch.hub.download_url_to_file(address, str(archive))
+        _limit(url, archive.stat().st_size)
+    except (HTTPException, TimeoutError) as error:
+        raise RuntimeError(f"{url}: the download stopped ({error!r}); try again") from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _require_https(url: str) -> None:
@@ -373,23 +229,6 @@ def _require_https(url: str) -> None:
         raise ValueError(f"{url} is not an https address")
 
 
-def _fetch(url: str, path: Path) -> None:
-    _require_https(url)
-    try:
-        response = urllib.request.urlopen(url, timeout=_TIMEOUT)
-    except HTTPException as error:
-        raise RuntimeError(f"{url}: what answers there is no web server ({error!r})") from error
-    with response, path.open("wb") as file:
-        _require_https(response.url)  # after redirects
-        size = int(response.headers.get("Content-Length", 0))
-        with tqdm(total=size or None, unit="B", unit_scale=True, desc="PennFudan", file=sys.stdout, leave=False) as bar:
-            try:
-                while chunk := response.read(1 << 18):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                    if file.tell() > _MAX_BYTES:
-                        raise RuntimeError(f"{url} sends over {_MAX_BYTES:,} bytes, twice what PennFudan has")
-            except (HTTPException, TimeoutError) as error:
-                raise RuntimeError(f"{url}: the download stopped ({error}); try again") from error
-        if size and file.tell() != size:
-            raise RuntimeError(f"{url}: the download stopped after {file.tell():,} of {size:,} bytes; try again")
+def _limit(url: str, size: int) -> None:
+    if size > _MAX_BYTES:
+        raise RuntimeError(f"{url} gives {size:,} bytes, over {_MAX_BYTES:,}: PennFudan has 51 MB")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torchvision
 
+import tutorial_lib.offline  # noqa: F401  (registers the mini models)
+from tutorial_lib.engine import pick_device
+from tutorial_lib.offline.sample import write_sample
 from tutorial_lib.penn_fudan import PennFudanDataset, download_penn_fudan
-from tutorial_lib.sample import write_sample
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ _MINI = {
 
 PRESETS = {
     "quick": Preset(
-        "quick", "drawn sample", split=(40, 8, 16), **_MINI, min_size=(192,), max_size=384,
+        "quick", "synthetic sample", split=(40, 8, 16), **_MINI, min_size=(192,), max_size=384,
         batch_size=4, learning_rate=1.5e-3, epochs=4, scratch_epochs=4, long_epochs=10,
     ),
     "laptop": Preset(
@@ -62,28 +64,51 @@ PRESETS = {
 }  # fmt: skip
 
 
+# What `full` becomes on a CPU: 20 minutes or so for notebook 04 on 4 cores (tools/benchmarks/full_cpu.py).
+FULL_ON_CPU = {"min_size": (400,), "max_size": 640, "epochs": 2, "scratch_epochs": 2, "long_epochs": 3}
+
+
 def choose_preset(name: str | None = None) -> Preset:
     """The preset of that name; else of ``TUTORIAL_PRESET``; else full where CUDA is and quick where not.
+
+    On a CPU, ``full`` has smaller images and fewer epochs.
 
     Raises:
         ValueError: there is no preset of that name.
     """
-    name = name or os.environ.get("TUTORIAL_PRESET") or ("full" if torch.cuda.is_available() else "quick")
+    device = pick_device().type
+    name = name or os.environ.get("TUTORIAL_PRESET") or ("full" if device == "cuda" else "quick")
     if name not in PRESETS:
         raise ValueError(f"TUTORIAL_PRESET is {name!r}; it can be {', '.join(PRESETS)}")
-    return PRESETS[name]
+    preset = PRESETS[name]
+    return replace(preset, **FULL_ON_CPU) if name == "full" and device == "cpu" else preset
 
 
-def prepare_data(preset: Preset, root: str | Path = "data") -> Path:
-    """The folder of the preset's data set, made or downloaded into ``root`` if need be.
+def data_folder() -> Path:
+    """Where datasets are kept: ``data`` beside the library in a clone of the project, else in PyTorch's cache.
+
+    The cache is ``~/.cache/torch/tutorial_lib``, or ``tutorial_lib`` in ``TORCH_HOME`` or ``XDG_CACHE_HOME/torch``.
+    """
+    project = Path(__file__).parents[1]
+    in_clone = (project / "notebooks").is_dir() and (project / "pyproject.toml").is_file()
+    return project / "data" if in_clone else Path(torch.hub.get_dir()).parent / "tutorial_lib"
+
+
+def prepare_data(preset: Preset, root: str | Path | None = None) -> Path:
+    """The folder of the preset's dataset, made or downloaded if need be.
 
     PennFudan is taken from the folder ``PENN_FUDAN_ROOT`` where that is set.
 
+    Args:
+        root: the folder to put it in; :func:`data_folder` unless given.
+
     Raises:
         ValueError: the folder holds fewer images than the preset's split needs.
-        RuntimeError: PennFudan cannot be downloaded; the message says what to do.
+        RuntimeError: PennFudan cannot be downloaded, or there is something else in its place;
+            the message says what to do.
     """
-    if preset.data == "drawn sample":
+    root = data_folder() if root is None else Path(root)
+    if preset.data != "PennFudan":
         return write_sample(root, num_images=sum(preset.split))
     if folder := os.environ.get("PENN_FUDAN_ROOT"):
         found = len(PennFudanDataset(folder))
@@ -138,7 +163,7 @@ def provenance(preset: Preset, device: torch.device, weights: str | None = None)
         weights: what the models start from, where that is not the preset's detector weights.
     """
     if weights is None:
-        weights = "starter weights (drawn scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
+        weights = "starter weights (synthetic scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
     where = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()

@@ -9,7 +9,7 @@ It differs in the order of the images: those of a batch have similar shapes, whe
 Each process takes its own images, and the gradients are averaged, so two processes make half as many steps, of twice
 the batch size, unless ``--batch-size`` halves it; the learning rate is not changed for it. (On Windows, set
 ``USE_LIBUV=0`` first.) The epoch is chosen on the validation images, and the test images are read once, at the end.
-The folder then holds ``best.pt`` (:func:`tutorial_lib.engine.load_checkpoint`) and ``results.json``.
+The folder then holds ``best.pt`` (:func:`tutorial_lib.checkpoint.load_checkpoint`) and ``results.json``.
 """
 
 from __future__ import annotations
@@ -29,17 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models import get_model
 
-from tutorial_lib.engine import (
-    evaluate,
-    load_checkpoint,
-    pick_device,
-    save_checkpoint,
-    train_one_epoch,
-    use_bfloat16,
-    warmup_cosine,
-)
-from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
-from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.checkpoint import load_checkpoint, save_checkpoint
+from tutorial_lib.data import AspectRatioBatchSampler, collate_fn, split_dataset
+from tutorial_lib.engine import evaluate, pick_device, train_one_epoch, use_bfloat16, warmup_cosine
+from tutorial_lib.models import replace_predictors
+from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.presets import PRESETS, Preset, choose_preset, fetch_weights, prepare_data, provenance
 from tutorial_lib.transforms import get_transform
 
@@ -58,7 +52,7 @@ def train(
     Args:
         out: the folder for ``best.pt``, which the first process writes and all read; made if need be.
         learning_rate: the highest of the schedule.
-        num_windows: of :class:`tutorial_lib.penn_fudan.AspectRatioBatchSampler`.
+        num_windows: of :class:`tutorial_lib.data.AspectRatioBatchSampler`.
 
     Returns:
         The best epoch, its AP on validation and the results on the test images, the same in every process; and the
@@ -69,7 +63,7 @@ def train(
         FloatingPointError, ValueError, RuntimeError, OSError: as the functions of ``engine`` and ``presets`` that
             it calls.
 
-    Source: notebooks 04 and 07.
+    Source: notebooks 04 and 10.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0:
@@ -101,7 +95,7 @@ def train(
 
     torch.manual_seed(seed)
     model = get_model(preset.mask_rcnn, weights=preset.weights, min_size=preset.min_size, max_size=preset.max_size)
-    model = replace_mask_predictor(replace_box_predictor(model, 2), 2).to(device)
+    model = replace_predictors(model, 2).to(device)
     use_bfloat16(model, device)
     torch.manual_seed(seed + rank)  # from here on each process draws its own augmentation and proposals
     wrapped = DistributedDataParallel(model) if world > 1 else model

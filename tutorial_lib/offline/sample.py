@@ -1,4 +1,4 @@
-"""Draws pedestrians in PennFudan's folder layout: the data set that needs no download.
+"""Draws pedestrians in PennFudan's folder layout: the dataset that needs no download.
 
 Every scene is made by code from a seed, so it can be kept, changed and shared
 freely. The pictures are simple on purpose: they are there so that each line of
@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter
 CATEGORIES = ["__background__", "person", "bicycle", "car", "dog", "tree", "bin", "sign"]
 """What a scene can hold, in the order of its labels; 0 is the background."""
 
+VERSION = 1  # of the sample; raise it when the same seed gives other files
+_FILES = {"PNGImages": ".png", "PedMasks": "_mask.png", "Annotation": ".txt"}
 _SUPERSAMPLE = 2  # drawn this much larger, then reduced, for smooth edges
 _SKIN = [(241, 205, 177), (224, 172, 135), (198, 134, 92), (141, 85, 54), (92, 56, 36)]
 _HAIR = [(28, 22, 20), (60, 42, 30), (110, 78, 46), (176, 140, 84), (150, 150, 150)]
@@ -365,33 +367,37 @@ def _fog(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
-    """Write drawn street scenes as a data set in PennFudan's layout, unless it is there already.
+    """Write synthetic street scenes as a dataset in PennFudan's layout, unless it is there already.
 
     Only people are labelled, as in PennFudan; cars, trees and dogs are left for the
     detector to tell apart. There is fog, which leaves an eighth of the contrast: the
     starter weights have never seen one, so there is something to learn. Image i depends
-    on (seed, i) alone.
+    on (seed, i) only.
 
     Args:
-        root: the folder to put the data set in; made if need be.
+        root: the folder to put the dataset in; made if need be.
         num_images: how many images, each with at least one person; about 20 ms each.
-        seed: of all that is drawn.
+        seed: of all that is random.
 
     Returns:
-        The data set's folder, for ``PennFudanDataset``: ``PNGImages`` (RGB, 200 to 320
+        The dataset's folder, for ``PennFudanDataset``: ``PNGImages`` (RGB, 200 to 320
         pixels wide, 176 to 256 high), ``PedMasks`` and ``Annotation``. It appears
         only when it is complete.
+
+    Raises:
+        RuntimeError: the folder is there, and does not hold all of this sample.
     """
-    folder = Path(root) / f"FoggyPed-{num_images}-{seed}"
-    if folder.is_dir():
-        return folder
+    folder = Path(root) / f"FoggyPed-{num_images}-{seed}-v{VERSION}"
+    stems = [f"DrawnPed{number + 1:05d}" for number in range(num_images)]
+    if folder.exists():
+        return _whole(folder, stems)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="DrawnPed.") as scratch:
         drawn = Path(scratch) / folder.name
-        for name in ("PNGImages", "PedMasks", "Annotation"):
+        for name in _FILES:
             (drawn / name).mkdir(parents=True)
-        for number in range(num_images):
-            rng = np.random.default_rng([seed, number, 1])  # not the scenes of weights/pretrain.py
+        for number, stem in enumerate(stems):
+            rng = np.random.default_rng([seed, number, 1])  # not the scenes of tools/pretrain.py
             people = 0
             while not people:
                 size = (int(rng.integers(200, 320)), int(rng.integers(176, 256)))
@@ -402,7 +408,6 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
             lookup = np.zeros(len(labels) + 1, np.uint8)
             lookup[1:][np.array(labels) == "person"] = np.arange(1, people + 1)
             mask = lookup[ids]
-            stem = f"DrawnPed{number + 1:05d}"
             image.save(drawn / "PNGImages" / f"{stem}.png")
             Image.fromarray(mask).save(drawn / "PedMasks" / f"{stem}_mask.png")
             (drawn / "Annotation" / f"{stem}.txt").write_text(_annotation(folder.name, stem, mask), encoding="utf-8")
@@ -411,6 +416,13 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
         except OSError:  # another process was faster
             if not folder.is_dir():
                 raise
+    return _whole(folder, stems)
+
+
+def _whole(folder: Path, stems: list[str]) -> Path:
+    for name, ending in _FILES.items():
+        if {path.name for path in folder.glob(f"{name}/*")} != {stem + ending for stem in stems}:
+            raise RuntimeError(f"{folder / name} does not hold the files of the sample; delete {folder} and try again")
     return folder
 
 
