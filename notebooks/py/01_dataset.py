@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # Build a detection data set: PennFudan, its masks and boxes
+# # Build a detection dataset: PennFudan, its masks and boxes
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/01_dataset.ipynb)
 #
@@ -23,7 +23,7 @@
 #
 # - look at one photograph and its mask, then take the mask apart by hand;
 # - find out why torchvision's `masks_to_boxes` gives boxes that are one pixel too small;
-# - write the data set class, its transforms, a seeded split and a `DataLoader`;
+# - write the dataset class, its transforms, a seeded split and a `DataLoader`;
 # - plot what every training run will depend on: how many people, how large, how tall.
 #
 # **You need** PyTorch and torchvision, and to have seen a `Dataset` before. No
@@ -31,7 +31,7 @@
 #
 # | preset | data | download | time, with one thread on a machine with 2 CPU cores |
 # |---|---|---|---|
-# | `quick` | street scenes drawn by code | none | under half a minute |
+# | `quick` | synthetic street scenes | none | under half a minute |
 # | `laptop`, `full` | the PennFudan photographs | 51 MB | under half a minute, after the download |
 
 # %% [markdown]
@@ -45,13 +45,15 @@ import importlib.util
 
 ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools kornia-rs"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
 # The preset is the one dial: it decides where the data come from. Choose it here,
 # `choose_preset("laptop")`, or with the environment variable `TUTORIAL_PRESET`. If
-# you choose nothing, it is `full` where there is a CUDA card and `quick` elsewhere.
+# you choose nothing, it is `full` where there is a CUDA GPU and `quick` elsewhere.
+# `prepare_data` keeps one copy for all notebooks: in `data/` of a clone of the project,
+# else in a cache folder of your account.
 
 # %% tags=["nbval-ignore-output"]
 import torch
@@ -70,12 +72,12 @@ print(provenance(preset, pick_device(), weights="no model is trained here"))
 # PennFudan is a set of 170 photographs from around the University of Pennsylvania and
 # Fudan University, published with [a paper of
 # 2007](https://www.cis.upenn.edu/~jshi/ped_html/) by Wang, Shi, Song and Shen. The
-# people in them are outlined, pixel by pixel. (Some people, half hidden mostly, have no mask; a detector
-# that finds them is counted wrong.) Its `readme.txt` says that such works may
+# people in them are outlined, pixel by pixel. (A few people, mostly half hidden, were never
+# annotated. Detecting them counts as an error.) Its `readme.txt` says that such works may
 # not be reposted without permission, so this project downloads it and never carries it.
 #
-# At the `quick` preset the pictures, of people in fog, are drawn by
-# `tutorial_lib/sample.py` and laid out in the same folders, so every line below is the same.
+# At `quick` the images are synthetic: `tutorial_lib/offline/sample.py` makes people in fog,
+# in the same folders. So every line below is the same.
 
 # %%
 import matplotlib.pyplot as plt
@@ -163,8 +165,6 @@ print(masks_to_boxes(toy_masks))
 # %%
 from torchvision.models import get_model
 
-import tutorial_lib.models  # registers the small models with torchvision
-
 model = get_model("fasterrcnn_mini_fpn", weights=None, num_classes=2)
 target = {"boxes": masks_to_boxes(toy_masks), "labels": torch.tensor([1, 1])}
 try:
@@ -178,10 +178,10 @@ except AssertionError as error:
 # The fix is to add one pixel at the right and at the bottom, so that a box ends where
 # the next pixel begins (*half-open*, like a Python slice: `mask[y1:y2, x1:x2]` is the
 # person). Then `x2 - x1` is the width in pixels. The first line of the next cell names
-# the file of the library where the same function stands; later notebooks import it.
+# the file of the library that has the same function. Later notebooks import it.
 
 # %% tags=["copy-me"]
-# tutorial_lib/penn_fudan.py
+# tutorial_lib/data.py
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
@@ -230,7 +230,7 @@ assert (agree >= 0.97 * people).all()
 # The rest are slips of the annotation. Without the added pixel the right and bottom
 # edges that agree would all be one short.
 #
-# The paper says **345** people, and so do many texts about this data set. Both are
+# The paper says **345** people, and so do many texts about this dataset. Both are
 # right: the paper left out people who are very small or mostly hidden. They were
 # labelled later, and `added-object-list.txt` lists them.
 
@@ -244,7 +244,7 @@ print(f"{people} in the masks, {people - added} without those that were added la
 # This matters when you compare results: with the masks as they are, a detector is
 # asked for the 78 difficult ones as well. On the photographs all our notebooks count 423.
 #
-# ## The data set
+# ## The dataset
 #
 # What is left is to give the image and its target together, as a `Dataset` does. Two
 # things in this class may be new:
@@ -253,7 +253,7 @@ print(f"{people} in the masks, {people - added} without those that were added la
 #   are, so that a transform can move all three together;
 # - the target is a dictionary with the keys that torchvision's models and its reference
 #   scripts ask for; `image_id`, `area` and `iscrowd` are named as in
-#   [COCO](https://cocodataset.org), the large data set whose metrics most detectors are measured with.
+#   [COCO](https://cocodataset.org), the large dataset whose metrics most detectors are measured with.
 
 # %% tags=["copy-me"]
 from pathlib import Path
@@ -294,9 +294,9 @@ class MyPennFudan(torch.utils.data.Dataset):
 
 
 # %% [markdown]
-# `PennFudanDataset` of the library does the same; it also says which file is at fault
-# when a mask is missing or of another size, and has `get_target(i)`, which reads the
-# mask and leaves the photograph alone. From here on we use that one.
+# `PennFudanDataset` of the library does the same. It also says which file is at fault
+# when a mask is missing or of another size, and has `get_target(i)`, which reads only the
+# mask. From here on we use that one.
 
 # %%
 from tutorial_lib.penn_fudan import PennFudanDataset
@@ -313,7 +313,7 @@ assert all(torch.equal(target[k], my_target[k]) for k in ("boxes", "labels", "ma
 # | field | type and shape | meaning |
 # |---|---|---|
 # | `boxes` | float32 `[N, 4]` | `x1, y1, x2, y2` in pixels of this image, half-open |
-# | `labels` | int64 `[N]` | the class; 1 is person. **0 is kept for the background**, so a detector of people alone has `num_classes=2` |
+# | `labels` | int64 `[N]` | the class; 1 is person. **0 is kept for the background**, so a detector of only people has `num_classes=2` |
 # | `masks` | uint8 `[N, H, W]` | 1 where the person is seen |
 # | `image_id` | int | names the image; evaluation and error messages use it |
 # | `area` | float32 `[N]` | pixels of the mask; COCO sorts people into small, medium and large by it |
@@ -342,7 +342,7 @@ print(
 )
 
 # %% [markdown]
-# Drawn on the image, one colour for each person:
+# Plotted on the image, one colour for each person:
 
 # %%
 from tutorial_lib.visualization import show
@@ -354,7 +354,7 @@ plt.show()
 # %% [markdown]
 # ## Transforms that move everything together
 #
-# A flipped image with boxes that stayed where they were is a data set that teaches
+# A flipped image with boxes that stayed where they were is a dataset that teaches
 # nonsense, and nothing would fail. `torchvision.transforms.v2` takes image and target
 # in one call, finds the tensors that know what they are, and moves them all:
 
@@ -422,7 +422,7 @@ plt.show()
 # that is better than it should be.
 
 # %% tags=["copy-me"]
-# tutorial_lib/penn_fudan.py
+# tutorial_lib/data.py
 from collections.abc import Sequence
 
 import torch
@@ -434,7 +434,7 @@ def split_dataset(
 ) -> tuple[Subset, ...]:
     if min(sizes) < 1 or sum(sizes) > len(dataset):
         parts = f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)}"
-        raise ValueError(f"{parts}, the data set's length")
+        raise ValueError(f"{parts}, the dataset's length")
     order = torch.randperm(
         len(dataset), generator=torch.Generator().manual_seed(seed)
     ).tolist()
@@ -447,8 +447,8 @@ def split_dataset(
 
 # %% [markdown]
 # The training images want random flips, the others do not. A `Subset` takes its
-# samples from the data set it was cut from, so we cut two data sets, with the same seed and
-# therefore at the same places:
+# samples from the dataset it was cut from, so we split two datasets with the same seed.
+# Both get the same parts:
 
 # %%
 augmented = PennFudanDataset(root, get_transform(train=True))
@@ -480,7 +480,7 @@ except RuntimeError as error:
 
 
 # %% tags=["copy-me"]
-# tutorial_lib/penn_fudan.py
+# tutorial_lib/data.py
 def collate_fn(batch: list[tuple]) -> tuple[tuple, ...]:
     return tuple(zip(*batch, strict=True))
 
@@ -530,12 +530,12 @@ print(f"median aspect ratio {ratio:.1f}")
 # People are tall: the anchors of torchvision's models come in ratios 0.5, 1 and 2, and
 # in the photographs the median person, at 2.7, is beyond the last of these. Anchors are
 # boxes of fixed shapes from which the model starts, and which it then moves and stretches. They only have to be near
-# enough for that, so it works all the same; notebook 03 comes back to it.
+# enough for that, so it works all the same. Notebook 09 comes back to it.
 #
 # ## A good case, and a difficult one
 #
 # The sample with the most people, and the one with the smallest person. In the second, ask
-# yourself whether you would have found them; what is hard to label is hard to detect.
+# yourself whether you would have detected them; what is hard to label is hard to detect.
 
 # %%
 smallest = [min(target["area"], default=torch.inf) for target in all_targets]
@@ -554,7 +554,7 @@ plt.show()
 # ## Recap
 #
 # - **Split** a mask into instances with one comparison, `mask == ids[:, None, None]`.
-# - **Add** a pixel to what `masks_to_boxes` gives, and a thin person is not lost.
+# - **Add** a pixel to what `masks_to_boxes` gives, or a thin person gets a box without a width.
 # - **Return** image and target as `tv_tensors`, so that transforms keep them together.
 # - **Keep** a test part, apart from training and validation, for the one number you report.
 # - **Plot** sizes and ratios before you train.
@@ -575,10 +575,10 @@ plt.show()
 #
 # - Several photographs of PennFudan show the same place, and a random split puts them on
 #   both sides. Test numbers are therefore kinder than a new city would be.
-# - With `num_workers > 0` on macOS and Windows, a data set class has to be importable:
+# - With `num_workers > 0` on macOS and Windows, a dataset class has to be importable:
 #   define it in a file (as `tutorial_lib` does), not in the notebook.
 # - `PennFudanDataset(root, transforms, in_memory=True)` decodes each file once and keeps it, which for 170
-#   photographs takes about 200 MB; notebooks 04 and 05, which read each many times, ask for it.
+#   photographs takes about 200 MB. Notebooks 04 and 06 read each file many times and ask for it.
 # - Masks saved as JPEG are useless: compression invents ids along every edge.
 #
 # ## Further reading

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Evaluate detections, and know what the number forgives
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/05_evaluating_detections.ipynb)
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/06_evaluating_detections.ipynb)
 #
 # You compute COCO's AP by hand, get the same number from pycocotools and from this project's
 # `evaluate`, and then take the number apart: by threshold, by cause of error, by size, by chance.
@@ -33,7 +33,7 @@
 # |---|---|---|
 # | `quick` | `maskrcnn_mini_fpn`, 4 epochs for each of three seeds | 2.6 min on one CPU core |
 # | `laptop` | the same, on PennFudan | 11 min on one CPU core |
-# | `full` | `maskrcnn_resnet50_fpn`, the same | not measured yet: it needs a CUDA card |
+# | `full` | `maskrcnn_resnet50_fpn`, the same | a GPU; without one, smaller images (not measured yet) |
 
 # %% [markdown]
 # ## Set-up
@@ -46,7 +46,7 @@ import importlib.util
 
 ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools kornia-rs"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
@@ -55,7 +55,6 @@ if importlib.util.find_spec("tutorial_lib") is None:
 # %% tags=["nbval-ignore-output"]
 import torch
 
-import tutorial_lib.models  # registers the small models with torchvision
 from tutorial_lib.engine import pick_device
 from tutorial_lib.presets import (
     choose_preset,
@@ -258,8 +257,12 @@ found = [
 ]
 with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
     coco = COCO()
-    coco.dataset = {"images": [{"id": i} for i in range(3)], "annotations": annotations}
-    coco.dataset["categories"] = [{"id": 1}]
+    coco.dataset = {
+        "info": {},  # some versions of pycocotools ask for it
+        "images": [{"id": i} for i in range(3)],
+        "annotations": annotations,
+        "categories": [{"id": 1}],
+    }
     coco.createIndex()
     coco_eval = COCOeval(coco, coco.loadRes(found), "bbox")
     coco_eval.evaluate()
@@ -321,7 +324,8 @@ assert limits == {0.5: 13, 0.75: 5, 0.95: 1}
 # %%
 from torch.utils.data import DataLoader
 
-from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.data import collate_fn, split_dataset
+from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.transforms import get_transform
 
 augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
@@ -402,7 +406,7 @@ assert np.isclose(result.mask.precision[0].mean(), result.mask.AP50)
 
 # %% [markdown]
 # A curve that drops to 0 before recall 1 says that for some people no detection over score 0.05, the model's own threshold, fits well enough. One
-# that is low at the left has mistakes among its surest detections. At a stricter IoU a mask has to fit better to count, so the
+# that is low at the left has mistakes among its detections of highest score. At a stricter IoU a mask has to fit better to count, so the
 # whole curve is lower.
 #
 # ## The score threshold is yours to choose
@@ -499,8 +503,8 @@ assert sum(map(len, sorted_out.values())) == len(above)
 assert num_found + len(missed) == num_people
 
 # %% [markdown]
-# One of each, the surest of its kind (of the missed, who have no detection, the first): blue is the detection, orange the
-# person it should fit, where there is one.
+# One of each, with the highest score of its kind; of the missed, who have no detection, the first. Blue is the detection. Orange is the
+# person that it should fit, where there is one.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import predict
@@ -529,7 +533,7 @@ plt.show()
 
 # %% [markdown]
 # Duplicates are for non-maximum suppression to remove (`box_nms_thresh`); many missed people ask for more
-# training, larger images (`min_size`) or other anchors (notebook 03); background and poorly placed boxes for
+# training, larger images (`min_size`) or other anchors (notebook [09](09_anchors_and_backbones.ipynb)); background and poorly placed boxes for
 # more varied training images, once you have looked at them: a detection on "background" may be a person that nobody labelled, a rider for instance.
 #
 # ## Small, medium, large
@@ -554,33 +558,20 @@ for name, (low, high) in bounds.items():
 #
 # ## How sure is AP?
 #
-# Two things can move it that are no merit of the model. The **seed**: the spread over the three runs.
-
-# %% tags=["copy-me"]
-# tutorial_lib/coco_eval.py
-from collections.abc import Sequence
-
-import numpy as np
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation of one number over several seeds."""
-    if len(values) < 2:
-        raise ValueError(
-            f"the spread of {len(values)} value(s) is not known: train with at least two seeds"
-        )
-    return float(np.mean(values)), float(np.std(values, ddof=1))
-
+# Two things can move it that are no merit of the model. The first is the **seed**. Here are the mean and the sample standard
+# deviation of the three runs:
 
 # %% tags=["nbval-ignore-output"]
+import statistics
+
 for kind in ("box", "mask"):
     values = [getattr(r, kind).AP for r in results]
-    mean, spread = mean_and_spread(values)
+    mean, spread = statistics.mean(values), statistics.stdev(values)
     print(f"{kind} AP {mean:.3f} ± {spread:.3f} over {len(values)} seeds")
 
 # %% [markdown]
-# And the **test images**: other photographs of the same streets (at `quick`, other scenes) would give another AP. The
-# bootstrap draws, a thousand times and with replacement, as many images as there are test images, and
+# The second is the choice of **test images**. Other photographs of the same streets (at `quick`, other scenes) would give another AP. The
+# bootstrap picks, a thousand times, at random and with replacement, as many images as there are test images, and
 # looks at how far AP moves. No image is predicted again:
 
 # %% tags=["nbval-ignore-output"]
@@ -602,15 +593,15 @@ assert intervals["box"][0] < intervals["box"][1]
 #
 # ## Three classic mistakes
 #
-# **Cutting by score before the evaluation.** AP wants the faint detections too. With the detections
-# over 0.5 alone, the curve ends early:
+# **Cutting by score before the evaluation.** AP wants the faint detections too. With only the detections
+# over 0.5, the curve ends early:
 
 # %% tags=["nbval-ignore-output"]
 score_threshold = model.roi_heads.score_thresh
 model.roi_heads.score_thresh = 0.5
 cut = evaluate(model, test_loader, device)
 model.roi_heads.score_thresh = score_threshold
-print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 alone {cut.mask.AP:.3f}")
+print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 only {cut.mask.AP:.3f}")
 assert cut.mask.AP <= result.mask.AP + 1e-3
 
 # %% [markdown]
@@ -655,21 +646,21 @@ assert abs(counted.AR - 2 / 3) < 1e-9
 #    <details><summary>Hint</summary>At IoU 0.5 the detection with score 0.8 has taken that person already, so AP50 stays as it is. Its IoU is 0.675: from 0.70 on the person is free.</details>
 # 2. A false alarm costs you ten times what a missed person costs. Which threshold do you choose?
 #    <details><summary>Hint</summary>Minimise 10 × false alarms + misses over <code>candidates</code>, from <code>val_matches</code>.</details>
-# 3. Bootstrap the *difference* of two seeds' AP, drawing the same images for both.
-#    <details><summary>Hint</summary>Copy the loop of <code>bootstrap_interval</code> from <code>tutorial_lib/coco_eval.py</code>, with <code>from tutorial_lib.coco_eval import _curves</code>, and compute both APs from the same <code>times</code>.</details>
+# 3. Bootstrap the *difference* of two seeds' AP, with the same images for both.
+#    <details><summary>Hint</summary><code>coco_metrics([r.images[i] for i in chosen]).box.AP</code> for both results, with the same <code>chosen = rng.integers(n, size=n)</code>; 200 rounds will do.</details>
 
 # %% [markdown]
 # ## In practice
 #
 # - `evaluate` takes any module that maps a list of images to a list of dicts with `boxes`, `labels`,
-#   `scores`, and `masks` if it has them. Its numbers equal pycocotools' to 1e-9 on the 210 random cases of the tests.
-# - It never turns a mask into run-length code, as pycocotools needs it, and compares torchvision's 28 × 28 masks inside their boxes, without pasting them
-#   to full size. What that saves is in the table of notebook [07](07_making_it_fast.ipynb), in the rows `evaluator_50` and
+#   `scores`, and `masks` if it has them. Its numbers equal pycocotools' to 1e-9 on the random cases of the tests.
+# - It never turns a mask into run-length code, as pycocotools needs it. It compares masks only inside their boxes. What that saves
+#   is in the table of notebook [10](10_making_it_fast.ipynb), in the rows `evaluator_50` and
 #   `evaluator_1000`: so many images, with 100 detections each.
 # - The evaluator of many tutorials, from torchvision's
 #   [reference scripts](https://github.com/pytorch/vision/blob/main/references/detection/coco_utils.py), first reads the whole
-#   data set once more to build its ground truth, and of a `Subset` it takes the whole data set behind it. Ours looks at
-#   the loader's images alone, as they pass by.
+#   dataset once more to build its ground truth, and of a `Subset` it takes the whole dataset behind it. Ours looks
+#   only at the loader's images, as they pass by.
 # - `target["area"]`, where it is given, decides who is small. With masks that should be the mask's area, not the box's.
 # - Crowds (`iscrowd`) are neither objects nor mistakes: detections on them are ignored.
 # - Averages over classes hide classes. Look at `per_class`.
@@ -681,4 +672,4 @@ assert abs(counted.AR - 2 / 3) < 1e-9
 # - Bolya et al., [TIDE: A General Toolbox for Identifying Object Detection Errors](https://arxiv.org/abs/2008.08115).
 # - Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993.
 #
-# **Next:** [06, mend it when it breaks](06_when_it_breaks.ipynb).
+# **Next:** [07, fix it when it breaks](07_when_it_breaks.ipynb).

@@ -11,19 +11,19 @@
 # ---
 
 # %% [markdown]
-# # Mend it when it breaks: the errors that people search for
+# # Fix it when it breaks: the errors that people search for
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/06_when_it_breaks.ipynb)
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/07_when_it_breaks.ipynb)
 #
-# You trigger the errors of torchvision's detection models on purpose, read each message, and mend
+# You trigger the errors of torchvision's detection models on purpose, read each message, and fix
 # its cause. Among them are mistakes that give no message at all.
 
 # %% [markdown]
 # ## What you'll do
 #
 # - look up a message: most headings below are one, so search this page for yours;
-# - see the shortest code that raises it, why it does, and the same code mended;
-# - find the mistakes of a whole data set with one call, before any training.
+# - see the shortest code that raises it, why it does, and the same code fixed;
+# - find the mistakes of a whole dataset with one call, before any training.
 #
 # **You need** nothing but what the set-up installs; notebook [01](01_dataset.ipynb) says what a
 # target should hold. No data are downloaded.
@@ -43,12 +43,12 @@ import importlib.util
 
 ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools kornia-rs"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
-# The preset changes nothing here. The device is the CPU even where there is a card, because a CPU names
-# the faulty line and a card often does not, as one of the errors will show.
+# The preset changes nothing here. The device is the CPU even where there is a GPU, because a CPU names
+# the faulty line and a GPU often does not, as one of the errors will show.
 
 # %% tags=["nbval-ignore-output"]
 import torch
@@ -68,8 +68,6 @@ print(f"preset {preset.name} | made-up images, random weights | {device} | {vers
 
 # %%
 from torchvision.models import get_model
-
-import tutorial_lib.models  # registers the small models with torchvision
 
 
 def new_model(num_classes=2):
@@ -168,7 +166,7 @@ with expect(TypeError):
 
 # %% [markdown]
 # Older versions returned NaN instead ([vision#3228](https://github.com/pytorch/vision/issues/3228)); the message is the
-# better of the two ([hagrid#80](https://github.com/hukenovs/hagrid/issues/80)). Do not mend it with `.float()` alone: the
+# better of the two ([hagrid#80](https://github.com/hukenovs/hagrid/issues/80)). Do not fix it with only `.float()`: the
 # type is then right and the range is not, which **no message** tells you. `to_dtype(..., scale=True)`, or `ToDtype` in a
 # transform, also divides by 255:
 
@@ -246,10 +244,10 @@ with expect(RuntimeError):
 # %% [markdown]
 # With targets that are lists instead of tensors, the same mistake is called **`each element in list of batch should be of equal
 # size`** ([vision#2624](https://github.com/pytorch/vision/issues/2624)). That a loader should take samples of different sizes was asked for in 2017
-# ([pytorch#1512](https://github.com/pytorch/pytorch/issues/1512)). A `collate_fn` that stacks nothing mends both:
+# ([pytorch#1512](https://github.com/pytorch/pytorch/issues/1512)). A `collate_fn` that stacks nothing fixes both:
 
 # %%
-from tutorial_lib.penn_fudan import collate_fn
+from tutorial_lib.data import collate_fn
 
 with expect(RuntimeError):
     next(iter(DataLoader([(image, [1]), (image, [1, 2])], batch_size=2)))
@@ -285,7 +283,7 @@ else:
 # ([cartridges#20](https://github.com/HazyResearch/cartridges/issues/20)). The same happened to CLIP's transform
 # ([CLIP#151](https://github.com/openai/CLIP/pull/151)) and on
 # [PyTorch's forum](https://discuss.pytorch.org/t/cant-pickle-local-object-dataloader-init-locals-lambda/31857). Write functions
-# and data set classes at the top level of a module. (The top level of a notebook is not enough on Windows and macOS: their workers
+# and dataset classes at the top level of a module. (The top level of a notebook is not enough on Windows and macOS: their workers
 # cannot import what a notebook defined.) Or keep `num_workers=0`.
 
 # %%
@@ -377,10 +375,10 @@ with expect(AssertionError):
 # Its documentation promised `x1 < x2`, which led to [vision#8793](https://github.com/pytorch/vision/issues/8793); that
 # `box_area` of its boxes is too small is [vision#4745](https://github.com/pytorch/vision/issues/4745). Add the pixel, as notebook
 # 01 does. Drop only objects without a single pixel, and look for them in the mask, `(masks != 0).flatten(1).any(dim=1)`: the
-# box of an empty mask comes out as [0, 0, 1, 1].
+# box of an empty mask comes out as [0, 0, 1, 1]. Before torchvision 0.26, `masks_to_boxes` raises an error for it.
 
 # %%
-from tutorial_lib.penn_fudan import boxes_from_masks
+from tutorial_lib.data import boxes_from_masks
 
 fixed = boxes_from_masks(thin)
 print(masks_to_boxes(thin).tolist(), "->", fixed.tolist())
@@ -434,10 +432,10 @@ with expect(IndexError):
     model([image], [second_class])
 
 # %% [markdown]
-# That is the CPU. On a CUDA card the same line gives `device-side assert triggered`, usually from some later, innocent line, because
-# the card works behind Python's back; and after it every use of the card fails until Python is restarted. (It is
+# That is the CPU. On a CUDA GPU the same line gives `device-side assert triggered`, usually from some later, innocent line, because
+# the GPU works behind Python's back; and after it every use of the GPU fails until Python is restarted. (It is
 # not triggered here: the notebook would end.) Run **one batch on the CPU first**: set `device = torch.device("cpu")`. If it breaks only on
-# the card, set `CUDA_LAUNCH_BLOCKING=1` before Python starts, so that the line named is the line at fault
+# the GPU, set `CUDA_LAUNCH_BLOCKING=1` before Python starts, so that the line named is the line at fault
 # ([PyTorch's forum](https://discuss.pytorch.org/t/cuda-launch-blocking-1-reduces-the-training-speed/160924)).
 # In [pytorch#61329](https://github.com/pytorch/pytorch/issues/61329) a Faster R-CNN met both messages.
 #
@@ -663,7 +661,7 @@ assert means["loss"] > 0
 # %% [markdown]
 # ### `torch.OutOfMemoryError: CUDA out of memory.`
 #
-# Not triggered here: it takes a card, and a full one. What can be had on a CPU is the reason. For the backward pass every layer
+# Not triggered here: it takes a GPU whose memory is full. What can be had on a CPU is the reason. For the backward pass every layer
 # keeps what it computed, and these bytes can be counted:
 
 
@@ -694,11 +692,12 @@ for batch_size, min_size in ((1, 192), (2, 192), (1, 384)):
 # These models need much memory for training, as a maintainer says in [vision#1867](https://github.com/pytorch/vision/issues/1867)
 # ([pytorch#40863](https://github.com/pytorch/pytorch/issues/40863) is another such report). So:
 #
-# - lower `batch_size`; then lower `min_size` **and** `max_size`, which small objects suffer from. In this project all three are fields
-#   of the preset, as the next cell shows; in your own code the first is the `DataLoader`'s, the others are arguments of the model's builder;
+# - lower `batch_size` first. Then lower `min_size` **and** `max_size`, which small objects suffer from. In this project all three are fields
+#   of the preset, as the next cell shows. In your own code the first is the `DataLoader`'s, the others are arguments of the model's builder;
+# - in a notebook, restart the kernel before you try again. While the error is shown, what the step has taken is not given back;
 # - compute the backbone in bfloat16 (notebook [04](04_penn_fudan_mask_rcnn.ipynb));
 # - evaluate under `torch.no_grad()`: nothing is kept. Sum up losses with `.item()`, or every step's graph stays alive;
-# - if one small image is too much, something else has filled the card: `nvidia-smi` says whether another notebook did.
+# - if one small image is too much, something else has filled the GPU's memory: `nvidia-smi` says whether another notebook did.
 
 # %%
 import dataclasses
@@ -719,7 +718,7 @@ with torch.no_grad():
 # ## Evaluation with pycocotools
 #
 # This project's `evaluate` needs neither ids nor a dictionary in COCO's format (notebook
-# [05](05_evaluating_detections.ipynb)), so the next two cannot happen to it. Whoever uses pycocotools meets them.
+# [06](06_evaluating_detections.ipynb)), so the next two cannot happen to it. Whoever uses pycocotools meets them.
 #
 # ### `AssertionError: Results do not correspond to current coco set`
 #
@@ -734,8 +733,12 @@ from pycocotools.cocoeval import COCOeval
 
 def coco_set(image_ids, annotations):
     coco = COCO()
-    coco.dataset = {"images": [{"id": i} for i in image_ids], "categories": [{"id": 1}]}
-    coco.dataset["annotations"] = annotations
+    coco.dataset = {
+        "info": {},  # some versions of pycocotools ask for it
+        "images": [{"id": i} for i in image_ids],
+        "annotations": annotations,
+        "categories": [{"id": 1}],
+    }
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         coco.createIndex()
     return coco
@@ -867,8 +870,8 @@ assert all(torch.equal(v, state[k]) for k, v in mine.state_dict().items())
 # %% [markdown]
 # ## Find them all before training
 #
-# Errors come one at a time, and the silent ones never. `check_dataset` reads every sample of a data set, and says in plain English what would
-# fail or be learned wrongly. A data set can be a plain list; this one has five of the mistakes above, and one sample that is in order:
+# Errors come one at a time, and the silent ones never. `check_dataset` reads every sample of a dataset, and says in plain English what would
+# fail or be learned wrongly. A dataset can be a plain list; this one has five of the mistakes above, and one sample that is in order:
 
 # %%
 from tutorial_lib.checks import check_dataset
@@ -896,11 +899,11 @@ with expect(ValueError, "sample 1", "sample 2", "sample 3"):
     report.raise_for_errors()
 
 # %% [markdown]
-# Mended, all of it with what stands above. The last sample keeps its label 2, and the model gets a third class; the one with 0
+# All fixed, with what stands above. The last sample keeps its label 2, and the model gets a third class; the one with 0
 # is taken to have been counted from 0:
 
 # %%
-mended = [
+fixed_samples = [
     samples[0],
     (to_dtype(decoded, torch.float32, scale=True), samples[1][1]),
     (image, {**samples[2][1], "boxes": box_convert(from_coco, "xywh", "xyxy")}),
@@ -908,8 +911,8 @@ mended = [
     (image, {**samples[4][1], "labels": samples[4][1]["labels"] + 1}),
     samples[5],
 ]
-check_dataset(mended, num_classes=3, progress=False).raise_for_errors()
-images, targets = zip(*mended, strict=True)
+check_dataset(fixed_samples, num_classes=3, progress=False).raise_for_errors()
+images, targets = zip(*fixed_samples, strict=True)
 losses = new_model(num_classes=3)(list(images), list(targets))
 assert all(torch.isfinite(loss) for loss in losses.values())
 
@@ -930,10 +933,10 @@ for masks in ({}, {"masks": person}):
 # ## Recap
 #
 # - **Read** a traceback from below: the message, then the lowest line of your own.
-# - **Run** one batch on the CPU before a card sees it.
+# - **Run** one batch on the CPU before a GPU sees it.
 # - **Look** at images with their boxes, for what gives no message.
 # - **Count** classes from 1, and `num_classes` with the background.
-# - **Check** the whole data set once, in the script, before training.
+# - **Check** the whole dataset once, in the script, before training.
 
 # %% [markdown]
 # ## On your own
@@ -953,7 +956,7 @@ for masks in ({}, {"masks": person}):
 #
 # - The messages are those of torch 2.14 and torchvision 0.29; every one that a cell prints was raised by that cell. Older versions say some of them in other
 #   words, or not at all.
-# - Three were not raised: `device-side assert triggered` and `CUDA out of memory` need a card, and the first of them ends the session;
+# - Three were not raised: `device-side assert triggered` and `CUDA out of memory` need a GPU, and the first of them ends the session;
 #   `Loss is nan` is printed by torchvision's reference script, and this project has an error of its own instead. The `nms` error was raised for an
 #   operator that we made up.
 # - When you ask for help, give the whole traceback, the output of `python -m torch.utils.collect_env`, and the shapes and types of **one** sample.
@@ -966,4 +969,4 @@ for masks in ({}, {"masks": person}):
 #   [generalized_rcnn.py](https://github.com/pytorch/vision/blob/main/torchvision/models/detection/generalized_rcnn.py), 130 lines that are worth reading.
 # - [Serialization semantics](https://pytorch.org/docs/stable/notes/serialization), on what a checkpoint is.
 #
-# **Next:** [07, make it fast](07_making_it_fast.ipynb).
+# **Next:** [08, look inside Mask R-CNN](08_inside_mask_rcnn.ipynb).

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Make it fast: one change at a time, each measured
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/07_making_it_fast.ipynb)
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/10_making_it_fast.ipynb)
 #
 # You start from the loop that most tutorials use, see where its time goes, and change one thing after
 # the other until you arrive at the library's loop.
@@ -23,18 +23,18 @@
 #
 # - put a clock on each part of the classic loop;
 # - look into one training step with PyTorch's profiler;
-# - compute RoIAlign in another way, decode images faster and once, leave out padding, choose the number of threads, compute
+# - compute RoIAlign in another way, decode images once, leave out padding, choose the number of threads, compute
 #   in bfloat16, and measure what each is worth;
-# - paste only the masks that somebody looks at;
+# - predict only the masks that somebody looks at;
 # - add it all up, beside a table that was measured with more patience.
 #
 # **You need** notebook [04](04_penn_fudan_mask_rcnn.ipynb), whose loop this one explains.
 #
 # | preset | measures | time |
 # |---|---|---|
-# | `quick` | `maskrcnn_mini_fpn` on drawn scenes | 49 s on one CPU core |
+# | `quick` | `maskrcnn_mini_fpn` on synthetic images | 49 s on one CPU core |
 # | `laptop` | the same on photographs | 1.2 min on two CPU cores |
-# | `full` | `maskrcnn_resnet50_fpn` on photographs | not measured yet: it needs a CUDA card |
+# | `full` | `maskrcnn_resnet50_fpn` on photographs | a GPU; without one, smaller images (not measured yet) |
 
 # %% [markdown]
 # ## Set-up
@@ -47,7 +47,7 @@ import importlib.util
 
 ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools kornia-rs"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
@@ -60,7 +60,6 @@ import os
 os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler talks about itself otherwise
 import torch
 
-import tutorial_lib.models  # registers the small models with torchvision
 from tutorial_lib.engine import pick_device
 from tutorial_lib.presets import (
     choose_preset,
@@ -81,7 +80,7 @@ print(provenance(preset, device))
 # ## The classic loop, with clocks
 #
 # Float32, SGD, images decoded from disk whenever they are asked for, torchvision's RoIAlign, and every loss read after every
-# step. A card works on while Python goes ahead, so a clock has to wait for it:
+# step. A GPU works on while Python goes ahead, so a clock has to wait for it:
 
 # %%
 import time
@@ -98,8 +97,9 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models import get_model
 from torchvision.ops import MultiScaleRoIAlign
 
+from tutorial_lib.data import collate_fn, split_dataset
 from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
-from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.transforms import get_transform
 
 from_disk = PennFudanDataset(root, get_transform(train=True))
@@ -193,7 +193,7 @@ with profile(activities=activities) as profiler:
     step(model, optimizer, batch)
 
 # %%
-events = [  # of operations; on a card their kernels are listed, too
+events = [  # of operations; on a GPU their kernels are listed, too
     event
     for event in profiler.key_averages()
     if event.device_type == torch.autograd.DeviceType.CPU
@@ -225,8 +225,8 @@ if device.type == "cpu":
 # RoIAlign (notebook 03) cuts 7 × 7 values out of a feature map for each box. Every value is a mean of four samples, and
 # every sample lies between four pixels, so it is a weighted mean of 16 pixels, in each channel with the same weights. On a CPU
 # torchvision's gradient goes through these numbers one by one, with one thread. Language models need such sums, too, of rows
-# of a table of words, and PyTorch has a fast function for them, `torch.nn.functional.embedding_bag`. The library's `EmbeddingBagRoIAlign` takes a feature map
-# as a table with a row for each pixel, and is otherwise torchvision's `MultiScaleRoIAlign`. (On a card it *is* torchvision's, which has
+# of a table of words, and PyTorch has a fast function for them, `torch.nn.functional.embedding_bag`. This project's `EmbeddingBagRoIAlign` takes a feature map
+# as a table with a row for each pixel, and is otherwise torchvision's `MultiScaleRoIAlign`. (On a GPU it *is* torchvision's, which has
 # a kernel of its own there.) Features and boxes to compare the two on:
 
 # %%
@@ -243,7 +243,7 @@ boxes = [of_image[:64] for of_image in proposals]
 # Values and gradients, and the best time of three:
 
 # %%
-from tutorial_lib.models import EmbeddingBagRoIAlign
+from tutorial_lib.offline.roi_align import EmbeddingBagRoIAlign
 
 computed, rounds = {}, {"MultiScaleRoIAlign": [], "EmbeddingBagRoIAlign": []}
 for _ in range(4):
@@ -269,7 +269,7 @@ axes.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# The numbers are the same up to rounding. (Two trainings that differ in rounding alone still drift apart, and end with
+# The numbers are the same up to rounding. (Two trainings that differ only in rounding still drift apart, and end with
 # other APs.) The library's small models have it built in, and other models take it as torchvision's own arguments, `box_roi_pool` and `mask_roi_pool`. From here on the model has it:
 
 # %%
@@ -277,36 +277,10 @@ model = build_model(EmbeddingBagRoIAlign).train()
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
 # %% [markdown]
-# ## Data: decode faster, and once
+# ## Data: decode once
 #
-# A PNG file is decompressed in every epoch. Pillow does it in C, and
-# [kornia-rs](https://github.com/kornia/kornia-rs) in Rust; the library's `read_image` takes kornia-rs for plain PNG files and Pillow for all
-# others. (So the clock of the data above had it already.) Both give the same pixels:
-
-# %%
-import numpy as np
-from PIL import Image
-
-from tutorial_lib.penn_fudan import read_image
-
-paths = sorted((root / "PNGImages").glob("*.png"))[:10]
-ways = {
-    "Pillow": lambda path: np.asarray(Image.open(path).convert("RGB")),
-    "read_image": lambda path: read_image(path, "RGB").permute(1, 2, 0).numpy(),
-}
-assert all(
-    np.array_equal(*(decode(path) for decode in ways.values())) for path in paths
-)
-decoding = {}
-for name, decode in ways.items():
-    begun = now()
-    for path in paths:
-        decode(path)
-    decoding[name] = (now() - begun) / len(paths)
-
-# %% [markdown]
-# Better still is not to decode again. With `in_memory=True` the data set keeps what it has decoded, as uint8, and the masks
-# that it has taken apart; conversion to float and augmentation still happen every time, since they
+# An image file is decompressed in every epoch. With `in_memory=True` the dataset keeps what it has decoded, as uint8, and the masks
+# that it has taken apart. Conversion to float and augmentation still happen every time, since they
 # should differ from epoch to epoch.
 
 # %%
@@ -324,19 +298,17 @@ for name, dataset in {"from disk": from_disk, "in memory": kept}.items():
 assert per_sample["in memory"] < per_sample["from disk"]
 
 # %%
-named = {f"decoding: {name}": value for name, value in decoding.items()}
-named |= {f"augmented sample {name}": value for name, value in per_sample.items()}
-figure, axes = plt.subplots(figsize=(6, 2), layout="constrained")
-bars = axes.barh(list(named), [1e3 * value for value in named.values()])
+figure, axes = plt.subplots(figsize=(6, 1.4), layout="constrained")
+bars = axes.barh(list(per_sample), [1e3 * value for value in per_sample.values()])
 axes.bar_label(bars, fmt="%.1f", padding=3)
-axes.set(xlabel="milliseconds an image")
+axes.set(xlabel="milliseconds for an augmented image with its target")
 axes.margins(x=0.15)
 axes.invert_yaxis()
 plt.show()
 
 # %% [markdown]
 # PennFudan's images and masks take about 1 MB each. What does not fit into memory, the `num_workers` of a `DataLoader` can decode while the model
-# computes, where there are cores to spare. Each worker has its own copy of the data set, and what that has kept is lost when the epoch
+# computes, where there are cores to spare. Each worker has its own copy of the dataset, and what that has kept is lost when the epoch
 # ends, unless the loader has `persistent_workers=True`.
 #
 # ## Padding: images of one shape in a batch
@@ -370,7 +342,7 @@ def share_of_padding(sampler, min_size):
 # padding, but nearly the same images meet in every epoch, and exactly the same where the batches leave no image out:
 
 # %%
-from tutorial_lib.penn_fudan import AspectRatioBatchSampler
+from tutorial_lib.data import AspectRatioBatchSampler
 
 torch.manual_seed(SEED)
 padding = {}
@@ -396,34 +368,30 @@ most, *_, least = list(padding.values())[-3:]
 assert least < most
 
 # %% [markdown]
-# Whether AP stays is a question for whole trainings. `python -m tests.benchmarks.windows` asked it in a clone of this project:
-# notebook 04's finetuning with three seeds each, on drawn scenes (`quick`: 10 batches an epoch, 10 epochs) and on photographs
-# (`laptop`: 25 batches an epoch, 4 epochs), on a CPU, with torchvision's RoIAlign:
+# Whether AP stays is a question for whole trainings. In a clone, `python -m tools.benchmarks.windows` asks it. It repeats
+# notebook 04's finetuning with three seeds each, on synthetic images (`quick`: 10 batches an epoch, 10 epochs) and on photographs
+# (`laptop`: 25 batches an epoch, 4 epochs), on a CPU, with torchvision's RoIAlign. The library holds what came of it:
 
 # %%
 import json
-import math
+import statistics
+from importlib.resources import files
 from itertools import groupby
-from pathlib import Path
 
-from tutorial_lib.coco_eval import mean_and_spread
-
-results = Path("../tests/benchmarks/results")
-in_clone = (results / "windows.json").exists()
-rows = json.loads((results / "windows.json").read_text())["rows"] if in_clone else []
-if not rows:
-    print("the table is in the project's repository: clone it to see it here")
+results = files("tutorial_lib") / "results"
+rows = json.loads((results / "windows.json").read_text())["rows"]
 print(f"{'preset':8}{'windows':>8}{'box AP':>16}{'mask AP':>16}")
 for key, group in groupby(rows, lambda row: (row["preset"], row["num_windows"])):
     runs = list(group)
     print(f"{key[0]:8}{key[1]:8}", end="")
     for name in ("box_AP", "mask_AP"):
-        mean, spread = mean_and_spread([run[name] for run in runs])
+        values = [run[name] for run in runs]
+        mean, spread = statistics.mean(values), statistics.stdev(values)
         print(f"{mean:8.3f} ± {spread:.3f}", end="")
     print()
 
 # %% [markdown]
-# In these rows, five windows leave both APs on photographs within the spread of the seeds. On the drawn scenes, a single window, so
+# In these rows, five windows leave both APs on photographs within the spread of the seeds. On the synthetic images, a single window, so
 # the same ten batches in every epoch, costs both APs about 0.07; with five, mask AP is 0.03 lower and box AP 0.02 higher. The library's
 # default is five, and `tutorial_lib.train` uses it; notebook 04 shuffles plainly.
 #
@@ -431,15 +399,20 @@ for key, group in groupby(rows, lambda row: (row["preset"], row["num_windows"]))
 #
 # On a CPU, PyTorch shares each operation out among threads, one for each core. They wait for each
 # other at the end of every operation; if another program uses one of the cores, all wait for it. So
-# the library's `pick_num_threads` does not guess: it times the work that you give it and sets the best number.
+# time a step with one thread, time it with all, and keep what is faster:
 
 # %% tags=["nbval-ignore-output"]
-from tutorial_lib.engine import pick_num_threads
-
-by_threads = pick_num_threads(lambda: (step(model, optimizer, batch), now()))
-for number, value in by_threads.items():
-    print(f"{number} thread(s): {value:.2f} s a step")
-assert torch.get_num_threads() == min(by_threads, key=by_threads.get)
+by_threads = {}
+for number in sorted({1, torch.get_num_threads()}):
+    torch.set_num_threads(number)
+    rounds = []
+    for _ in range(3):
+        begun = now()
+        step(model, optimizer, batch)
+        rounds.append(now() - begun)
+    by_threads[number] = min(rounds[1:])
+    print(f"{number} thread(s): {by_threads[number]:.2f} s a step")
+torch.set_num_threads(min(by_threads, key=by_threads.get))
 
 # %% [markdown]
 # ## bfloat16, where the processor has it
@@ -449,8 +422,6 @@ assert torch.get_num_threads() == min(by_threads, key=by_threads.get)
 # steps, one after the other, so that whatever else the machine does disturbs both:
 
 # %% tags=["nbval-ignore-output"]
-import statistics
-
 from tutorial_lib.engine import use_bfloat16
 
 fast_model = build_model(EmbeddingBagRoIAlign).train()
@@ -472,7 +443,7 @@ print({name: f"{value:.2f} s a step" for name, value in per_step.items()})
 
 # %% [markdown]
 # What does it cost? The losses of the same batch, from the same weights and the same seed (with rounded scores,
-# other proposals may be drawn):
+# other proposals may be sampled):
 
 # %% tags=["nbval-ignore-output"]
 compared = {}
@@ -489,7 +460,7 @@ assert abs(compared["bfloat16"] / compared["float32"] - 1) < 0.1
 
 # %% [markdown]
 # Where the device has bfloat16 the two differ in some digit, and elsewhere they are the same. Whether AP suffers is a question for whole trainings and several
-# seeds; the spread that notebook 05 found is the yardstick.
+# seeds; the spread that notebook 06 found is the yardstick.
 #
 # ## Inference: masks of what somebody looks at
 #
@@ -531,8 +502,8 @@ axes.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Evaluation needs all of them. `evaluate` compares the 28 × 28 masks inside their boxes, without pasting and without
-# run-length encoding, and keeps the IoUs alone (notebook 05). What is left of its time is the model.
+# Evaluation needs all of them, pasted. `evaluate` compares them only inside their boxes, without run-length encoding, and keeps only the IoUs
+# (notebook 06). Most of the time that is left is the model's, with its pasting.
 #
 # ## All together
 #
@@ -542,7 +513,7 @@ plt.show()
 import torch
 from torch.utils.data import DataLoader
 
-from tutorial_lib.penn_fudan import AspectRatioBatchSampler, collate_fn
+from tutorial_lib.data import AspectRatioBatchSampler, collate_fn
 
 
 def grouped_loader(part, batch_size, num_windows=5):
@@ -584,25 +555,22 @@ print({name: f"{value:.1f} s" for name, value in whole_epoch.items()})
 # ## Measured with patience
 #
 # A few batches give a noisy answer. The project's benchmark takes whole epochs, and times a step of one loop, a step of the next, and so on, each loop in
-# a process of its own. `tests/benchmarks/results/speed.json` keeps what it found and on what. In a clone, `python -m tests.benchmarks.speed` makes it anew.
+# a process of its own. `tutorial_lib/results/speed.json` keeps what it measured and on what. In a clone, `python -m tools.benchmarks.speed` makes it anew.
 # From the classic loop to the library's, each line with the changes of those above it, on batches that are in memory:
 
 # %%
-in_clone = (results / "speed.json").exists()
-rows = json.loads((results / "speed.json").read_text())["rows"] if in_clone else []
+rows = json.loads((results / "speed.json").read_text())["rows"]
 by_work = {row["work"]: row for row in rows}
-if not rows:
-    print("the tables are in the project's repository: clone it to see them here")
 for row in rows:
     if "steps" in row and row["work"].startswith("train_step"):
         print(f"{row['work']}, {row['preset']}, {row['device']}, {row['date']}")
         for name, value in row["steps"].items():
             ratio = row["classic"] / value
             print(f"  {name:42}{value:7.3f} s a step {ratio:6.2f} times as fast")
-if rows and "train_step_cuda" not in by_work:
-    print("No card has been measured yet. With one, and PENN_FUDAN_ROOT:")
+if "train_step_cuda" not in by_work:
+    print("No GPU has been measured yet. With one, and PENN_FUDAN_ROOT:")
     works = "train_step_cuda inference_cuda epoch_cuda"
-    print(f"  python -m tests.benchmarks.speed {works}")
+    print(f"  python -m tools.benchmarks.speed {works}")
 
 # %% [markdown]
 # All that was timed the classic way and ours, in seconds. In brackets: the ratios between which the middle half of the pairs lay, or
@@ -625,7 +593,11 @@ for row in rows:
 # Of the epochs, the parts (`classic` first) and the peak of memory in training:
 
 # %%
-print(f"{'':13}{'preset':8}{'training [s]':>15}{'evaluation [s]':>17}{'memory [GB]':>15}")
+import math
+
+print(
+    f"{'':13}{'preset':8}{'training [s]':>15}{'evaluation [s]':>17}{'memory [GB]':>15}"
+)
 for row in rows:
     if row["work"].startswith("epoch"):
         print(f"{row['work']:13}{row['preset']:8}", end="")
@@ -635,10 +607,10 @@ for row in rows:
         print()
 
 # %% [markdown]
-# `sample_…` is one image with its target, without augmentation, from Pillow the classic way; `train_step_…` is the last line of the table above beside its first, on all training images.
+# `sample_from_cache` is one image with its target, without augmentation: decoded the classic way, and taken from memory ours. `train_step_…` is the last line of the table above beside its first, on all training images.
 # `inference_…` predicts the masks over 0.5 of 30 images, one by one. `epoch_…` is the second epoch of training, data included, and an evaluation of the test images with 100 detections each. `training_cpu` is two
 # epochs of training, the mean of two rounds: the classic loop beside `tutorial_lib.train` with several processes of one thread, four images a step both.
-# `evaluator_N` is the evaluator alone, on N images with 100 detections each; `_pasted` gives both evaluators full-size masks.
+# `evaluator_N` is only the evaluator, on N images with 100 detections each, whose masks are pasted to full size before.
 #
 # Two rows put a single change beside the library's loop without it: `several_processes_…` several processes of one thread in place of one with as many threads, and
 # `channels_last_…` that memory format. Where the ratio is under 1 the change made it slower, and the library leaves it out.
@@ -652,20 +624,19 @@ compared_ways = {
     for row in rows
     if not row["work"].startswith(("several", "channels"))
 }
-if compared_ways:
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    gains = [ratio - 1 for ratio in compared_ways.values()]
-    bars = axes.barh(list(compared_ways), gains, left=1)
-    labels = [f"{ratio:.2f}" for ratio in compared_ways.values()]
-    axes.bar_label(bars, labels, padding=3)
-    ticks = [1, 2, 5, 10, 20]
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-    axes.minorticks_off()
-    axes.set_xlim(0.9, 1.5 * max(compared_ways.values()))
-    axes.set_xlabel("how many times as fast as the classic way")
-    axes.invert_yaxis()
-    plt.show()
+figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+gains = [ratio - 1 for ratio in compared_ways.values()]
+bars = axes.barh(list(compared_ways), gains, left=1)
+labels = [f"{ratio:.2f}" for ratio in compared_ways.values()]
+axes.bar_label(bars, labels, padding=3)
+ticks = [1, 2, 5, 10, 20]
+axes.set_xscale("log")
+axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+axes.minorticks_off()
+axes.set_xlim(0.9, 1.5 * max(compared_ways.values()))
+axes.set_xlabel("how many times as fast as the classic way")
+axes.invert_yaxis()
+plt.show()
 measured_on = {
     f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows
 }
@@ -698,7 +669,7 @@ print(*sorted(measured_on), sep="\n")
 # %% [markdown]
 # ## In practice
 #
-# - Reading a number from a card makes Python wait for it. The library's loop reads one a step, whether the loss is finite, and
+# - Reading a number from a GPU makes Python wait for it. The library's loop reads one a step, whether the loss is finite, and
 #   keeps the losses on the device until the epoch ends. Detection models ask for numbers of their own in every step (how
 #   many proposals are left?), so this is one among many.
 # - Several processes with one thread each can be faster than one process with several threads, on a CPU too:
@@ -706,8 +677,8 @@ print(*sorted(measured_on), sep="\n")
 # - A training on the CPU takes memory for large tensors and gives it back in every step, in small pages (4 kB on most machines). On Linux, where
 #   `/sys/kernel/mm/transparent_hugepage/enabled` says `[madvise]`, the environment variable `THP_MEM_ALLOC_ENABLE=1`
 #   lets [PyTorch take large tensors in pages of 2 MB](https://github.com/pytorch/pytorch/pull/107697). PyTorch reads it at its first
-#   tensor; `import tutorial_lib` sets it, unless you have set it yourself. The line "large pages" above is what it is worth on the machine there.
-# - A smaller `min_size` means fewer pixels everywhere; notebook 03 measures what it gains and what it costs in AP.
+#   tensor, so set it before Python starts. The line "large pages" above is what it is worth on the machine there.
+# - A smaller `min_size` means fewer pixels everywhere; notebook [09](09_anchors_and_backbones.ipynb) measures what it gains and what it costs in AP.
 # - The clock of a notebook's cell includes what PyTorch does once: choosing kernels, reserving memory. Leave the first
 #   round out.
 #
