@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tutorial_lib.sample import write_sample
+from tutorial_lib.offline.sample import write_sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class LocalServer:
-    """What a path answers is put into ``pages`` as (status, headers, body); ``requests`` lists the paths asked for."""
+    """What a path answers is put into ``pages`` as (status, headers, body); ``requests`` lists the paths got."""
 
     address: str
     pages: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
@@ -73,13 +73,17 @@ def local_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
     monkeypatch.setenv("NO_PROXY", "*")
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            local.requests.append(self.path)
+        def do_HEAD(self) -> tuple[dict[str, str], bytes]:
             status, headers, body = local.pages.get(self.path, (404, {}, b"there is no such page"))
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            return headers, body
+
+        def do_GET(self) -> None:
+            local.requests.append(self.path)
+            headers, body = self.do_HEAD()
             self.wfile.write(body)
             if "Stall" in headers:
                 self.wfile.flush()

@@ -1,20 +1,49 @@
-"""The stored notebooks against their sources, the library and the project's address; no re-execution."""
+"""The notebooks against their sources, the library and the project's address; no re-execution."""
 
 import ast
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 
 import nbformat
 import pytest
 
+from tools import notebooks
 from tools.notebooks import NOTEBOOKS, ROOT, SOURCES, code_of_cells, code_of_module, hashes, library_hash, read_source
 
 NAMES = sorted(path.stem for path in SOURCES.glob("*.py"))
 HEADINGS = ["What you'll do", "Set-up", "Recap", "On your own", "In practice", "Further reading"]
+# Run as a program of its own: each cell by itself, where importing tutorial_lib fails. Writes what failed to a file.
+ALONE = """
+import json, sys, traceback, types
+sys.modules["tutorial_lib"] = None
+failed = {}
+for name, source in json.loads(sys.stdin.read()).items():
+    module = sys.modules["copied"] = types.ModuleType("copied")
+    try:
+        exec(compile(source, name, "exec"), module.__dict__)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        failed[name] = f"line {lines[-1] if lines else '?'}: {error!r}"
+with open(sys.argv[1], "w") as file:
+    json.dump(failed, file)
+"""
 
 
 def stored(name):
     return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def source(name):
+    return read_source(SOURCES / f"{name}.py")
+
+
+def markdown(name):
+    return "\n\n".join(cell.source for cell in source(name).cells if cell.cell_type == "markdown")
 
 
 def code_cells(notebook):
@@ -25,28 +54,27 @@ def tags(cell):
     return cell.metadata.get("tags", [])
 
 
-def tagged(tag):
-    cells = [(name, i, c) for name in NAMES for i, c in enumerate(code_cells(read_source(SOURCES / f"{name}.py")))]
-    return [pytest.param(cell.source, id=f"{name}-{i}") for name, i, cell in cells if tag in tags(cell)]
+def copy_me(name):
+    """The cells to be copied, by their number among the code cells."""
+    return {f"cell {i}": c.source for i, c in enumerate(code_cells(source(name)), 1) if "copy-me" in tags(c)}
 
 
 def shown_from_library():
-    cells = [(name, i, c) for name in NAMES for i, c in enumerate(code_cells(read_source(SOURCES / f"{name}.py")))]
-    return [pytest.param(c.source, id=f"{n}-{i}") for n, i, c in cells if c.source.startswith("# tutorial_lib/")]
+    cells = [(name, i, cell) for name in NAMES for i, cell in enumerate(code_cells(source(name)), 1)]
+    return [pytest.param(c.source, id=f"{name}-{i}") for name, i, c in cells if c.source.startswith("# tutorial_lib/")]
 
 
 def test_the_notebooks_are_there():
     wanted = ["01_dataset", "02_finetuning_a_predictor", "03_swapping_the_backbone", "04_penn_fudan_mask_rcnn"]
-    wanted += ["05_evaluating_detections", "06_when_it_breaks", "07_making_it_fast"]
-    assert NAMES == wanted
+    wanted += ["06_evaluating_detections", "07_when_it_breaks", "08_inside_mask_rcnn", "09_anchors_and_backbones"]
+    assert NAMES == [*wanted, "10_making_it_fast"]
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_source_and_notebook_agree(name):
-    source, notebook = read_source(SOURCES / f"{name}.py"), stored(name)
-    assert [(c.cell_type, c.source, tags(c)) for c in source.cells] == [
-        (c.cell_type, c.source, tags(c)) for c in notebook.cells
+    assert [(c.cell_type, c.source, tags(c)) for c in source(name).cells] == [
+        (c.cell_type, c.source, tags(c)) for c in stored(name).cells
     ], "run `make notebooks`"
 
 
@@ -82,7 +110,7 @@ def test_at_least_half_of_the_outputs_are_compared(name):
 def test_badge_and_set_up_cell_name_the_address(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"]
-    notebook = stored(name)
+    notebook = source(name)
     badge = f"https://colab.research.google.com/github/{address.removeprefix('https://github.com/')}"
     assert f"({badge}/blob/main/notebooks/{name}.ipynb)" in notebook.cells[0].source
     (set_up,) = [cell.source for cell in code_cells(notebook) if "set-up" in tags(cell)]
@@ -91,7 +119,7 @@ def test_badge_and_set_up_cell_name_the_address(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_headings(name):
-    text = "\n".join(cell.source for cell in stored(name).cells if cell.cell_type == "markdown")
+    text = markdown(name)
     found = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert [heading for heading in found if heading in HEADINGS] == HEADINGS
     assert text.count("<summary>Hint</summary>") >= 2
@@ -104,17 +132,39 @@ def test_cells_are_short(name):
 
     Statements and not lines: the formatter spreads one call over several.
     """
-    for cell in code_cells(stored(name)):
+    for cell in code_cells(source(name)):
         statements = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.stmt)]
         assert "copy-me" in tags(cell) or len(statements) <= 22, cell.source
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_to_other_notebooks_exist(name):
-    for cell in stored(name).cells:
-        if cell.cell_type == "markdown":
-            for link in re.findall(r"\]\(([\w./]+\.ipynb)\)", cell.source):
-                assert (NOTEBOOKS / link).is_file(), link
+def test_links_to_files_exist(name):
+    """To other notebooks, pictures and the library, from the notebook's folder."""
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", markdown(name))
+    links += re.findall(r"""(?:href|src)=["']([^"']+)["']""", markdown(name))
+    for link in links:
+        path = link.partition("#")[0]
+        if path and not re.match(r"\w+:", path):
+            assert path.removesuffix(".ipynb") in NAMES or (NOTEBOOKS / path).exists(), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_within_a_notebook_lead_to_a_heading(name):
+    headings = re.findall(r"^#+ (.*)$", markdown(name), flags=re.MULTILINE)
+    # As Jupyter makes them, and as GitHub does.
+    anchors = {heading.replace(" ", "-") for heading in headings}
+    anchors |= {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    anchors |= set(re.findall(r"""\bid=["']([^"']+)["']""", markdown(name)))
+    for link in re.findall(r"\]\(#([^)\s]+)\)", markdown(name)):
+        assert link in anchors, link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_have_a_text_for_those_who_do_not_see_them(name):
+    for text, link in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", markdown(name)):
+        assert text.strip(), link
+    for tag in re.findall(r"<img\b[^>]*>", markdown(name)):
+        assert re.search(r"""\balt=["'][^"']+["']""", tag), tag
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,45 +183,114 @@ def definitions(text):
     return found
 
 
-@pytest.mark.parametrize("source", shown_from_library())
-def test_shown_functions_are_the_librarys(source):
-    module = source.splitlines()[0].removeprefix("# ")
+@pytest.mark.parametrize("cell", shown_from_library())
+def test_shown_functions_are_the_librarys(cell):
+    module = cell.splitlines()[0].removeprefix("# ")
     library = definitions((ROOT / module).read_text(encoding="utf-8"))
-    shown = definitions(source)
+    shown = definitions(cell)
     assert shown
     for name, text in shown.items():
         assert text == library[name]
 
 
-@pytest.mark.parametrize("source", tagged("copy-me"))
-def test_copy_me_cells_run_alone(source):
-    exec(compile(source, "copy-me", "exec"), {"__name__": "copied"})
+def failures_alone(cells, folder):
+    """Of cells by name, those that fail where tutorial_lib cannot be imported, with the error."""
+    written = folder / "failed.json"
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    subprocess.run(
+        [sys.executable, "-c", ALONE, str(written)], cwd=folder, env=environment, check=True, timeout=300,
+        input=json.dumps(cells), stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    return json.loads(written.read_text())
 
 
-def test_the_library_hash_is_of_the_modules_that_are_needed(monkeypatch, tmp_path):
-    from tools import notebooks
+@pytest.mark.parametrize("name", [name for name in NAMES if copy_me(name)])
+def test_copy_me_cells_run_alone(name, tmp_path):
+    assert failures_alone(copy_me(name), tmp_path) == {}
 
-    library = tmp_path / "tutorial_lib"
-    (library / "weights").mkdir(parents=True)
-    modules = {"__init__": "", "a": "import tutorial_lib.b", "b": "x = 1", "c": "y = 1", "models": "z = 1"}
-    for name, text in modules.items():
-        (library / f"{name}.py").write_text(text)
-    (library / "weights" / "mini.pt").write_bytes(b"1")
+
+def test_what_does_not_run_alone_is_noticed(tmp_path):
+    cells = {
+        "good": "from dataclasses import dataclass\nimport torch\n@dataclass\nclass A:\n    x: 'torch.Tensor'",
+        "library": "import torch\nfrom tutorial_lib.data import collate_fn",
+        "of the cell above": "A(torch.ones(1))",
+    }
+    failed = failures_alone(cells, tmp_path)
+    assert failed.keys() == {"library", "of the cell above"}
+    assert failed["library"].startswith("line 2: ModuleNotFoundError")
+    assert "NameError" in failed["of the cell above"]
+
+
+@pytest.fixture
+def changed_hashes(tmp_path, monkeypatch):
+    """A function that writes a file of a library, and says which hashes of given codes that changes."""
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
-    codes = ["from tutorial_lib.a import x", "from tutorial_lib.c import y", "import tutorial_lib.models", None]
 
-    def changed(path, content):
+    def changed(codes, path, content):
+        path = tmp_path / "tutorial_lib" / path
         before = [library_hash(code) for code in codes]
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return [library_hash(code) != earlier for code, earlier in zip(codes, before, strict=True)]
 
-    assert changed(library / "b.py", b"x = 2") == [True, False, False, True]  # a needs it
-    assert changed(library / "c.py", b"y = 2") == [False, True, False, True]
-    assert changed(library / "weights" / "mini.pt", b"2") == [False, False, True, True]
-    assert changed(library / "c.py", b"# why\ny = 2") == [False] * 4
-    assert changed(library / "__init__.py", b"w = 1") == [True] * 4
-    before = library_hash("import torch")
-    assert changed(library / "__init__.py", b"w = 2") == [True] * 4 and library_hash("import torch") == before
+    return changed
+
+
+def test_the_library_hash_is_of_the_modules_that_are_needed(changed_hashes):
+    library = {
+        "__init__.py": b"", "a.py": b"import tutorial_lib.b", "b.py": b"x = 1", "c.py": b"y = 1",
+        "p.py": b"import tutorial_lib.offline  # registers", "offline/d.py": b"z = 1", "offline/e.py": b"z = 1",
+        "offline/__init__.py": b"from tutorial_lib.offline import d",
+    }  # fmt: skip
+    for path, content in library.items():
+        changed_hashes([], path, content)
+    codes = [
+        "from tutorial_lib.a import x",
+        "from tutorial_lib import (\n    c,\n)",
+        "import tutorial_lib.p",
+        "from tutorial_lib.offline.e import z",
+        "!python -m tutorial_lib.c",
+        "print('see tutorial_lib.c')",
+        None,
+    ]
+    assert changed_hashes(codes, "b.py", b"x = 2") == [True] + [False] * 5 + [True]  # a needs it
+    assert changed_hashes(codes, "c.py", b"y = 2") == [False, True, False, False, True, False, True]
+    assert changed_hashes(codes, "offline/d.py", b"z = 2") == [False, False, True, True, False, False, True]
+    assert changed_hashes(codes, "offline/e.py", b"z = 2") == [False, False, False, True, False, False, True]
+    assert changed_hashes(codes, "offline/__init__.py", b"w = 1") == [False, False, True, True, False, False, True]
+    assert changed_hashes(codes, "__init__.py", b"w = 1") == [True] * 5 + [False, True]
+    assert changed_hashes(codes, "c.py", b"# why\ny = 2") == [False] * 7
+
+
+def test_the_library_hash_is_of_the_sample_the_weights_and_the_results_that_are_needed(changed_hashes, tmp_path):
+    library = tmp_path / "tutorial_lib"
+    shutil.copytree(ROOT / "tutorial_lib", library, ignore=shutil.ignore_patterns("__pycache__"))
+    codes = [
+        "from tutorial_lib.presets import choose_preset, prepare_data",
+        "from tutorial_lib.coco_eval import compare",
+        'results = files("tutorial_lib") / "results"\nrows = json.loads((results / "speed.json").read_text())["rows"]',
+        'rows = {name: results(f"{name}.json") for name in ("speed", "windows")}',
+        "print('speed', speed_json, results)",
+    ]
+    sample = (library / "offline" / "sample.py").read_text(encoding="utf-8")
+    raised = re.sub(r"^VERSION = (\d+)", r"VERSION = 1\1", sample, flags=re.MULTILINE)
+    assert raised != sample
+    assert changed_hashes(codes, "offline/sample.py", raised.encode()) == [True, False, False, False, False]
+    weights = bytearray((library / "offline" / "weights" / "mini_fpn.pt").read_bytes())
+    weights[1000] ^= 1
+    assert changed_hashes(codes, "offline/weights/mini_fpn.pt", weights) == [True, False, False, False, False]
+    assert changed_hashes(codes, "offline/weights/mini_fpn.json", b"{}") == [True, False, False, False, False]
+    assert changed_hashes(codes, "results/speed.json", b"{}") == [False, False, True, True, True]
+    assert changed_hashes(codes, "results/windows.json", b"{}") == [False, False, False, True, False]
+
+
+def test_the_notebooks_that_show_results_depend_on_them(changed_hashes, tmp_path):
+    library = tmp_path / "tutorial_lib"
+    shutil.copytree(ROOT / "tutorial_lib", library, ignore=shutil.ignore_patterns("__pycache__"))
+    codes = [code_of_cells(source(name)) for name in NAMES]
+    for result, shown_in in {"speed": "10", "windows": "10", "backbones": "09", "starter": "none"}.items():
+        changed = changed_hashes(codes, f"results/{result}.json", b"{}")
+        assert changed == [name.startswith(shown_in) for name in NAMES], result
 
 
 def test_the_library_hash_sees_code_and_not_prose(tmp_path):

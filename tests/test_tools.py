@@ -1,10 +1,30 @@
-"""``python -m tools.notebooks run``, on notebooks of two cells."""
+"""The notebooks' builder on notebooks of a few cells, and the smaller tools."""
+
+import subprocess
+import sys
+import tomllib
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
 import pytest
+import torch
+from torchvision.models import get_model, get_model_weights
 
+from tools import notebooks, sizes
+from tools.lowest import lowest
+from tools.pretrain import of_models
+
+FOLDERS = ("NOTEBOOKS", "SOURCES", "BUILD")
+PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+RUN = f"""
+import sys
+from pathlib import Path
 from tools import notebooks
+for name in {FOLDERS}:
+    setattr(notebooks, name, Path(sys.argv[1]) / name)
+sys.exit(notebooks.run(sys.argv[2:]))
+"""
 
 
 def source_of(*cells):
@@ -13,28 +33,110 @@ def source_of(*cells):
     return jupytext.writes(nbformat.v4.new_notebook(cells=made), fmt="py:percent")
 
 
+def printed_by(path):
+    """What is stored as printed, by cell."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    for name in ("NOTEBOOKS", "SOURCES", "BUILD"):
+    for name in FOLDERS:
         (tmp_path / name).mkdir()
         monkeypatch.setattr(notebooks, name, tmp_path / name)
     monkeypatch.setenv("TUTORIAL_PRESET", "quick")
+    monkeypatch.setattr(notebooks, "CELL_TIMEOUT", 60)
     return tmp_path
 
 
-def test_run_ends_with_a_table_and_leaves_copies_and_pictures(folders, capsys):
-    plot = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
-    good = source_of(("print('epoch 1')", []), (plot, []), ("{'box_AP': 0.5, 'mask_AP': 0.25}", ["results"]))
-    (folders / "SOURCES" / "01_good.py").write_text(good, encoding="utf-8")
-    (folders / "SOURCES" / "02_bad.py").write_text(source_of(("1 / 0", [])), encoding="utf-8")
-    assert notebooks.run([]) == 1
-    printed = capsys.readouterr().out
-    assert "epoch 1" in printed and "ZeroDivisionError" in printed
-    rows = {line.split()[0]: line for line in printed.splitlines() if line.startswith(("01_good", "02_bad"))}
-    assert "0.500    0.250" in rows["01_good"]
-    assert "failed" in rows["02_bad"]
-    assert (folders / "BUILD" / "01_good-01.png").read_bytes().startswith(b"\x89PNG")
-    assert (folders / "BUILD" / "01_good.ipynb").is_file() and (folders / "BUILD" / "02_bad.ipynb").is_file()
+# run
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The default run, of good and bad notebooks: its folder, its output and its rows by notebook."""
+    folder = tmp_path_factory.mktemp("ran")
+    for name in FOLDERS:
+        (folder / name).mkdir()
+    result = ("{'box_AP': 0.5, 'mask_AP': 0.25}", ["results"])
+    cells = {
+        "01_good": [("print('epoch 1')", []), (PLOT, []), result],
+        "02_error": [("print('before')", []), ("1 / 0", []), ("print('after')", [])],
+        "03_exits": [("print('before')", []), ("import os\nos._exit(1)", []), ("print('after')", [])],
+        "04_killed": [(PLOT, []), ("import os\nos.kill(os.getpid(), 9)", []), result],
+        "05_plain": [("{'box_AP': 0.0}", [])],
+        "06_deeper": [("print('deeper')", [])],
+    }
+    for name, of_notebook in cells.items():
+        (folder / "SOURCES" / f"{name}.py").write_text(source_of(*of_notebook), encoding="utf-8")
+    (folder / "BUILD" / "01_good-07.png").write_bytes(b"of an earlier run")
+    command = [sys.executable, "-c", RUN, str(folder)]
+    finished = subprocess.run(command, cwd=notebooks.ROOT, stdout=subprocess.PIPE, text=True, timeout=300)
+    rows = {line.split()[0]: line for line in finished.stdout.splitlines() if line.startswith("0")}
+    return SimpleNamespace(build=folder / "BUILD", printed=finished.stdout, failed=finished.returncode, rows=rows)
+
+
+def test_run_ends_with_a_table_whatever_happens_to_the_notebooks(ran):
+    assert ran.failed == 3
+    assert "epoch 1" in ran.printed
+    for name, what in {"02_error": "ZeroDivisionError", "03_exits": "DeadKernel", "04_killed": "DeadKernel"}.items():
+        assert f"{name} failed: " in ran.printed and what in ran.printed.partition(f"{name} failed: ")[2]
+        assert "failed   failed" in ran.rows[name]
+    assert "0.500    0.250" in ran.rows["01_good"]
+
+
+def test_without_a_results_cell_there_is_no_ap(ran):
+    assert ran.rows["05_plain"].split()[3:5] == ["-", "-"]
+
+
+def test_run_without_names_runs_the_course_and_says_how_to_run_the_rest(ran):
+    assert set(ran.rows) == {"01_good", "02_error", "03_exits", "04_killed", "05_plain"}
+    assert not (ran.build / "06_deeper.ipynb").exists()
+    assert "make run NOTEBOOKS=all" in ran.printed.splitlines()[-1]
+
+
+def test_run_keeps_a_copy_as_far_as_each_notebook_got(ran):
+    assert printed_by(ran.build / "01_good.ipynb")[0] == "epoch 1\n"
+    for name in ("02_error", "03_exits"):
+        assert printed_by(ran.build / f"{name}.ipynb") == ["before\n", "", ""]
+
+
+def test_run_leaves_pictures_and_none_of_an_earlier_run(ran):
+    assert sorted(path.name for path in ran.build.glob("*.png")) == ["01_good-01.png", "04_killed-01.png"]
+    assert (ran.build / "01_good-01.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("names", "ran"),
+    [([], "01 05"), (["all"], "01 05 06 10"), (["06", "10"], "06 10"), (["05_x"], "05"), (["0"], "01 05 06")],
+)
+def test_names_choose_what_is_run(folders, monkeypatch, capsys, names, ran):
+    for number in ("01", "05", "06", "10"):
+        (folders / "SOURCES" / f"{number}_x.py").touch()
+    seen = []
+    monkeypatch.setattr(notebooks, "_run_one", lambda source: seen.append(source.stem[:2]) or (source.stem, 1, {}, 0))
+    assert notebooks.run(names) == 0
+    assert " ".join(seen) == ran
+    assert ("NOTEBOOKS=all" in capsys.readouterr().out) == (names == [])
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_names(folders):
+    (folders / "SOURCES" / "01_x.py").touch()
+    for command in (notebooks.run, lambda names: notebooks.build(names, force=False)):
+        with pytest.raises(ValueError, match="no notebook starts with 05; there are 01_x, and all"):
+            command(["01", "05"])
+
+
+def test_jpeg_pictures_are_found_too():
+    def shown(kind):
+        return nbformat.v4.new_output("display_data", {kind: "AAAA", "text/plain": "<Figure>"})
+
+    outputs = [shown("image/png"), shown("image/jpeg"), nbformat.v4.new_output("stream", text="x")]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)])
+    assert notebooks._pictures_of(notebook) == [("png", b"\0\0\0"), ("jpg", b"\0\0\0")]
+
+
+# build
 
 
 def test_build_runs_changed_code_and_keeps_outputs_when_prose_changes(folders):
@@ -55,3 +157,52 @@ def test_build_runs_changed_code_and_keeps_outputs_when_prose_changes(folders):
     third = nbformat.read(path, as_version=4)
     assert third.cells[1].outputs != first.cells[1].outputs
     assert third.metadata["tutorial"]["preset"] == "quick"
+
+
+# sizes, lowest, pretrain
+
+
+def test_the_library_is_small():
+    found, grouped = sizes.sizes(), set()
+    for title, (most, modules) in sizes.GROUPS.items():
+        grouped |= set(modules)
+        assert sum(found.get(name, 0) for name in modules) <= most, title
+    assert sum(found.values()) <= sizes.LIMIT
+    assert {name for name, lines in found.items() if lines} <= grouped
+
+
+def test_lines_of_code_are_counted_without_docstrings_comments_and_blanks():
+    text = '"""Doc."""\n\n# why\ndef f(\n    x,\n):\n    """Doc\n    of f."""\n    return """a\n\n    b"""  # so\n'
+    assert sizes.lines_of_code(text) == 6
+
+
+def test_lowest_versions_are_those_of_pyproject():
+    text = (notebooks.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    versions = lowest(text)
+    assert {"torch==2.10", "torchvision==0.25"} < set(versions)
+    project = tomllib.loads(text)["project"]
+    assert len(versions) == len(project["dependencies"]) + sum(map(len, project["optional-dependencies"].values()))
+    for unclear in ("torch", "torch>=2.10,<3", "torch==2.10"):
+        with pytest.raises(ValueError, match=f"not {unclear}$"):
+            lowest(f'[project]\ndependencies = ["numpy>=1", "{unclear}"]\noptional-dependencies = {{}}')
+
+
+def test_conda_gets_its_packages_from_pyproject():
+    text = (notebooks.ROOT / "environment.yml").read_text(encoding="utf-8")
+    listed = [line.strip(" -") for line in text.partition("dependencies:\n")[2].splitlines()]
+    assert listed == ["python>=3.11", "pip", "pip:", "editable .[notebooks,test]"]
+
+
+def test_starter_weights_say_what_belongs_to_each_model():
+    metrics = SimpleNamespace(AP=0.1234, per_class={1: 0.5678})
+    masks = SimpleNamespace(AP=0.25, per_class={1: 0.5})
+    results = SimpleNamespace(box=metrics, mask=masks, num_images=200)
+    with torch.device("meta"):
+        models = {name: get_model(name, num_classes=8) for name in ("fasterrcnn_mini_fpn", "maskrcnn_mini_fpn")}
+    made = of_models(models["maskrcnn_mini_fpn"], results)
+    for name, model in models.items():
+        stored = get_model_weights(name).DEFAULT.meta
+        assert made[name]["num_params"] == stored["num_params"] == sum(p.numel() for p in model.parameters())
+        ((_, of_model),), ((_, of_stored),) = made[name]["_metrics"].items(), stored["_metrics"].items()
+        assert of_model.keys() == of_stored.keys() and of_model["box_map"] == 0.123
+    assert "mask_map" not in made["fasterrcnn_mini_fpn"]["_metrics"].popitem()[1]

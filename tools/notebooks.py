@@ -3,8 +3,11 @@
     python -m tools.notebooks build [NAME ...]   write notebooks/*.ipynb from notebooks/py/*.py
     python -m tools.notebooks run [NAME ...]     run them into build/, with a summary table
 
-``build`` runs a notebook only where its code, or that of the library's modules which it needs, is newer than
-the stored outputs; a change of the prose keeps them. Both use the preset at hand (TUTORIAL_PRESET).
+A name is the start of one, as in ``run 06 07``. Without names, ``build`` builds all, and ``run`` runs the course
+(01 to 05); ``run all`` runs every notebook.
+
+``build`` runs a notebook only where what its outputs depend on has changed: its code, the library's modules,
+weights and results that it needs. A change of the prose keeps them. Both use the preset at hand (TUTORIAL_PRESET).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import ast
 import base64
 import datetime
+import functools
 import hashlib
 import io
 import os
@@ -27,7 +31,6 @@ import nbformat
 import torch
 import torchvision
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from tutorial_lib.engine import pick_device
@@ -37,8 +40,11 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 SOURCES = NOTEBOOKS / "py"
 BUILD = ROOT / "build"
+COURSE = ("01", "02", "03", "04", "05")
+CELL_TIMEOUT = None  # seconds; the tests set it
 
 
+@functools.cache
 def code_of_module(text: str) -> str:
     """A module's or cell's lines without its docstrings and comment lines, so that prose can change."""
     dropped: set[int] = set()
@@ -51,25 +57,47 @@ def code_of_module(text: str) -> str:
     return "\n".join(line for line in kept if line and not line.lstrip().startswith("#"))
 
 
-def library_hash(code: str | None = None) -> str:
-    """Of the modules of tutorial_lib that this code imports, and that those import (of all, without it).
+def _modules() -> dict[str, str]:
+    """The code of tutorial_lib's modules by dotted name; a package is the module ``__init__.py``."""
+    modules = {}
+    for path in (ROOT / "tutorial_lib").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        modules[name] = code_of_module(path.read_text(encoding="utf-8"))
+    return modules
 
-    With any goes ``__init__``, and with ``models`` the starter weights.
+
+def _imported(code: str) -> set[str]:
+    """What a code imports of tutorial_lib, or starts with ``-m``, with the packages around it."""
+    names = set(re.findall(r"(?:\bfrom|\bimport|-m\W+)\s*(tutorial_lib[\w.]*)", code))
+    for package, listed in re.findall(r"\bfrom (tutorial_lib[\w.]*) import (\([^)]*\)|.*)", code):
+        names |= {f"{package}.{name}" for name in re.findall(r"\w+", listed)}
+    parts = [name.split(".") for name in names]
+    return {".".join(name[:length]) for name in parts for length in range(1, len(name) + 1)}
+
+
+def library_hash(code: str | None = None) -> str:
+    """Of what this code needs of tutorial_lib; without a code, of all its modules and the weights.
+
+    That is the modules that it imports and those that they import, the starter weights where ``offline.mini_models``
+    is among them, and each file of ``results`` that the code names: as ``speed.json``, or as ``"speed"`` beside the
+    word results.
     """
-    modules = {
-        path.stem: code_of_module(path.read_text(encoding="utf-8")) for path in (ROOT / "tutorial_lib").glob("*.py")
-    }
-    needed, found = set(), set(modules if code is None else re.findall(r"tutorial_lib\.(\w+)", code))
-    found |= {"__init__"} if found else set()
+    modules, needed = _modules(), set()
+    found = set(modules) if code is None else _imported(code)
     while found := (found & modules.keys()) - needed:
         needed |= found
-        found = {name for module in found for name in re.findall(r"tutorial_lib\.(\w+)", modules[module])}
+        found = {name for module in found for name in _imported(modules[module])}
     digest = hashlib.sha256()
     for name in sorted(needed):
         digest.update(f"{name}\n{modules[name]}\n".encode())
-    if "models" in needed:
-        for path in sorted((ROOT / "tutorial_lib" / "weights").glob("*.pt")):
-            digest.update(path.read_bytes())
+    data = ROOT / "tutorial_lib"
+    files = sorted((data / "offline" / "weights").glob("*.*")) if "tutorial_lib.offline.mini_models" in needed else []
+    for path in sorted((data / "results").glob("*.json")) if code else []:
+        quoted = re.search(rf"""["']{path.stem}["']""", code) and "results" in code
+        if re.search(rf"\b{path.stem}\.json\b", code) or quoted:
+            files.append(path)
+    for path in files:
+        digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -80,13 +108,13 @@ def code_of_cells(notebook: nbformat.NotebookNode) -> str:
 
 
 def hashes(notebook: nbformat.NotebookNode) -> dict[str, str]:
-    """Of what a notebook's outputs depend on: its own code, and the library's."""
+    """Of what a notebook's outputs depend on: its own code, and what it needs of the library."""
     code = code_of_cells(notebook)
     return {"code_hash": hashlib.sha256(code.encode()).hexdigest()[:16], "library_hash": library_hash(code)}
 
 
 def read_source(path: Path) -> nbformat.NotebookNode:
-    """The notebook of a py:percent file, with ids that depend on the cells' places alone."""
+    """The notebook of a py:percent file, with ids that depend only on the cells' order."""
     notebook = jupytext.read(path)
     notebook.metadata.pop("jupytext", None)
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -122,7 +150,7 @@ def execute(notebook: nbformat.NotebookNode, name: str) -> float:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     begun = time.perf_counter()
     _Reporter(
-        notebook, timeout=None, kernel_name="python3", coalesce_streams=True,
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", coalesce_streams=True,
         extra_arguments=["--log-level=40"], record_timing=False,
         resources={"metadata": {"path": str(NOTEBOOKS)}}, on_cell_execute=say,
     ).execute()  # fmt: skip
@@ -147,10 +175,23 @@ def store_photographs_as_jpeg(notebook: nbformat.NotebookNode) -> None:
                     output["data"]["image/jpeg"] = encoded
 
 
+def chosen(names: list[str]) -> list[Path]:
+    """The sources of the notebooks that start with one of these names, or of all.
+
+    Raises:
+        ValueError: no notebook starts with one of the names.
+    """
+    sources = sorted(SOURCES.glob("*.py"))
+    if names == ["all"]:
+        return sources
+    if unknown := [name for name in names if not any(source.stem.startswith(name) for source in sources)]:
+        there = ", ".join(source.stem for source in sources)
+        raise ValueError(f"no notebook starts with {' or '.join(unknown)}; there are {there}, and all")
+    return [source for source in sources if source.stem.startswith(tuple(names))]
+
+
 def build(names: list[str], force: bool) -> None:
-    for source in sorted(SOURCES.glob("*.py")):
-        if names and not any(source.stem.startswith(name) for name in names):
-            continue
+    for source in chosen(names or ["all"]):
         notebook, path = read_source(source), NOTEBOOKS / f"{source.stem}.ipynb"
         current = hashes(notebook)
         stored = nbformat.read(path, as_version=4) if path.exists() else None
@@ -193,46 +234,63 @@ def _result_of(notebook: nbformat.NotebookNode) -> dict[str, float]:
     return {}
 
 
+def _pictures_of(notebook: nbformat.NotebookNode) -> list[tuple[str, bytes]]:
+    """The ending and the bytes of every picture, in order."""
+    bundles = [output["data"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    endings = {"image/png": "png", "image/jpeg": "jpg"}
+    found = [(endings[kind], bundle[kind]) for bundle in bundles for kind in endings if kind in bundle]
+    return [(ending, base64.b64decode(picture)) for ending, picture in found]
+
+
+def _run_one(source: Path) -> tuple[str, float, dict[str, float] | None, int]:
+    """The row of a notebook: its name, seconds, result (None where it failed) and number of pictures.
+
+    The notebook goes into build/ as far as it got, with its pictures, also where its kernel died.
+    """
+    notebook, begun, result = read_source(source), time.perf_counter(), None
+    try:
+        execute(notebook, source.stem)
+        result = _result_of(notebook)
+    except Exception as error:  # of a cell, or of the kernel: the other notebooks still run
+        print(f"{source.stem} failed: {type(error).__name__}: {error}", flush=True)
+    seconds = time.perf_counter() - begun
+    nbformat.write(notebook, BUILD / f"{source.stem}.ipynb")
+    for old in BUILD.glob(f"{source.stem}-[0-9][0-9].*"):
+        old.unlink()
+    pictures = _pictures_of(notebook)
+    for number, (ending, picture) in enumerate(pictures, start=1):
+        (BUILD / f"{source.stem}-{number:02d}.{ending}").write_bytes(picture)
+    return source.stem, seconds, result, len(pictures)
+
+
 def run(names: list[str]) -> int:
+    """Run notebooks, the course unless named, and print a table of them; returns how many failed."""
+    sources = chosen(names) if names else [s for s in chosen(["all"]) if s.stem.startswith(COURSE)]
     BUILD.mkdir(exist_ok=True)
-    rows, failed = [], 0
-    sources = [s for s in sorted(SOURCES.glob("*.py")) if not names or any(s.stem.startswith(n) for n in names)]
     print(f"preset {choose_preset().name}; {len(sources)} notebooks", flush=True)
-    for source in sources:
-        notebook, begun = read_source(source), time.perf_counter()
-        try:
-            execute(notebook, source.stem)
-            result = _result_of(notebook)
-        except CellExecutionError as error:
-            print(error)
-            result, failed = {"failed": True}, failed + 1
-        nbformat.write(notebook, BUILD / f"{source.stem}.ipynb")
-        pictures = [
-            output["data"]["image/png"]
-            for cell in notebook.cells
-            for output in cell.get("outputs", [])
-            if "image/png" in output.get("data", {})
-        ]
-        for number, picture in enumerate(pictures, start=1):
-            (BUILD / f"{source.stem}-{number:02d}.png").write_bytes(base64.b64decode(picture))
-        rows.append((source.stem, time.perf_counter() - begun, result, len(pictures)))
+    rows = [_run_one(source) for source in sources]
     print(f"\n{'notebook':32} {'time':>7} {'box AP':>8} {'mask AP':>8}  pictures")
     for name, seconds, result, pictures in rows:
-        aps = [
-            "failed" if "failed" in result else f"{result[k]:.3f}" if k in result else "-"
-            for k in ("box_AP", "mask_AP")
-        ]
-        print(f"{name:32} {seconds:5.0f} s {aps[0]:>8} {aps[1]:>8}  build/{name}-*.png ({pictures})")
+        aps = ["failed"] * 2
+        if result is not None:
+            aps = [f"{result[kind]:.3f}" if kind in result else "-" for kind in ("box_AP", "mask_AP")]
+        print(f"{name:32} {seconds:5.0f} s {aps[0]:>8} {aps[1]:>8}  build/{name}-* ({pictures})")
     print(f"\nThe executed notebooks are in build/; AP is on the test images, at preset {choose_preset().name}.")
-    return failed
+    if not names:
+        print('The deeper notebooks: make run NOTEBOOKS=all, or by name, as in make run NOTEBOOKS="06 07".')
+    return sum(result is None for _, _, result, _ in rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["build", "run"])
-    parser.add_argument("names", nargs="*", help="only the notebooks that start so, e.g. 02")
+    parser.add_argument("names", nargs="*", help="of notebooks, or their first letters, e.g. 02; or all")
     parser.add_argument("--force", action="store_true", help="build: run even where nothing changed")
     arguments = parser.parse_intermixed_args()  # `build --force 03` too
+    try:
+        chosen(arguments.names)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.command == "build":
         build(arguments.names, arguments.force)
     else:

@@ -1,16 +1,16 @@
-"""Train the mini models' starter weights on drawn scenes.
+"""Train the mini models' starter weights on synthetic scenes.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tutorial_lib.weights.pretrain --out runs/starter
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tools.pretrain --out runs/starter
 
-One process a CPU core (or a card) is the fastest; ``python -m`` in place of torchrun is
-one process. Scene i is drawn from (seed, i), so a run is known by its arguments. It
+One process a CPU core (or a GPU) is the fastest; ``python -m tools.pretrain`` is
+one process. Scene i is made from (seed, i), so a run is known by its arguments. It
 writes ``checkpoint.pt`` every 200 steps, goes on from it when it is called again with
 the same folder, and ends with ``mini_fpn.pt`` (half precision) and ``mini_fpn.json``
 (its hash, recipe and metrics on held-out scenes), to be copied into
-``tutorial_lib/weights``. The learning rate is constant, then falls to 0 in the last
+``tutorial_lib/offline/weights``. The learning rate is constant, then falls to 0 in the last
 two thirds; ``before_decay.pt`` is the checkpoint of that moment: to train longer, name it
 checkpoint.pt and call again with more steps. ``--weights DEFAULT`` begins with the
-package's weights in place of random ones. On Linux, ``THP_MEM_ALLOC_ENABLE=1`` (large
+package's weights instead of random ones. On Linux, ``THP_MEM_ALLOC_ENABLE=1`` (large
 memory pages for tensors) can save a tenth of the time and more.
 """
 
@@ -26,15 +26,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tutorial_lib.engine import evaluate, save_checkpoint, to_device, use_bfloat16
-from tutorial_lib.models import MaskRCNN_Mini_FPN_Weights, maskrcnn_mini_fpn
-from tutorial_lib.penn_fudan import boxes_from_masks, collate_fn
-from tutorial_lib.sample import CATEGORIES, draw_scene
+from tutorial_lib.checkpoint import save_checkpoint
+from tutorial_lib.coco_eval import CocoResults
+from tutorial_lib.data import boxes_from_masks, collate_fn
+from tutorial_lib.engine import evaluate, to_device, use_bfloat16
+from tutorial_lib.offline.mini_models import MaskRCNN_Mini_FPN_Weights, maskrcnn_mini_fpn
+from tutorial_lib.offline.sample import CATEGORIES, draw_scene
 
 HELD_OUT = 1_000_000_000  # held-out scenes are numbered from here
 NUM_HELD_OUT = 200
@@ -69,6 +72,25 @@ class DrawnScenes(Dataset):
             "iscrowd": torch.zeros(len(labels), dtype=torch.int64),
         }
         return self.transforms(tv_tensors.Image(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)), target)
+
+
+def of_models(model: nn.Module, results: CocoResults) -> dict[str, dict]:
+    """What ``mini_fpn.json`` says of each mini model: Faster R-CNN is the Mask R-CNN without its mask branch."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    in_boxes = [size for name, size in sizes.items() if not name.startswith("roi_heads.mask_")]
+    of_boxes = {"box_map": results.box.AP, "box_map_person": results.box.per_class[1]}
+    of_masks = {"mask_map": results.mask.AP, "mask_map_person": results.mask.per_class[1]}
+    held_out = f"{results.num_images} held-out synthetic scenes, {len(CATEGORIES) - 1} classes, min_size 240"
+    return {
+        name: {
+            "num_params": num_params,
+            "_metrics": {held_out: {metric: round(value, 3) for metric, value in metrics.items()}},
+        }
+        for name, num_params, metrics in (
+            ("fasterrcnn_mini_fpn", sum(in_boxes), of_boxes),
+            ("maskrcnn_mini_fpn", sum(sizes.values()), of_boxes | of_masks),
+        )
+    }
 
 
 def pretrain(
@@ -146,7 +168,7 @@ def pretrain(
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     torch.save({k: v.cpu().contiguous() for k, v in half.items()}, out / "mini_fpn.pt")
     launcher = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-    recipe = f"{launcher} -m tutorial_lib.weights.pretrain --steps {steps} --batch-size {batch_size}"
+    recipe = f"{launcher} -m tools.pretrain --steps {steps} --batch-size {batch_size}"
     recipe += f" --learning-rate {learning_rate} --seed {seed}"
     if weights:
         before = MaskRCNN_Mini_FPN_Weights[weights].meta
@@ -158,18 +180,10 @@ def pretrain(
     print(results)
     meta = {
         "sha256": hashlib.sha256((out / "mini_fpn.pt").read_bytes()).hexdigest(),
-        "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "_file_size": (out / "mini_fpn.pt").stat().st_size,
         "recipe": recipe,
-        "_metrics": {
-            f"{NUM_HELD_OUT} held-out drawn scenes, {len(CATEGORIES) - 1} classes, min_size 240": {
-                "box_map": round(results.box.AP, 3),
-                "mask_map": round(results.mask.AP, 3),
-                "box_map_person": round(results.box.per_class[1], 3),
-                "mask_map_person": round(results.mask.per_class[1], 3),
-            }
-        },
         "trained_with": f"torch {torch.__version__}, {device.type}, {precision}",
+        "models": of_models(model, results),
     }
     (out / "mini_fpn.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
@@ -182,7 +196,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw, for each that trains")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make scenes, for each that trains")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = vars(parser.parse_args())
     pretrain(**arguments)

@@ -1,4 +1,7 @@
-"""Checkpoints: save all or nothing, load without running code, resume as if training had never stopped (notebook 04)."""
+"""Checkpoints: save all or nothing, load without running code, resume as if training had never stopped.
+
+Notebook 04 uses them.
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class ClassMatches:
     num_objects: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CocoMetrics:
     """COCO's twelve numbers, in [0, 1]; None where there is no object to measure on.
 
@@ -91,18 +91,15 @@ class CocoMetrics:
     matches: dict[int, ClassMatches]
     num_dropped: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         values = ((name, getattr(self, name)) for name in _NAMES)
         text = "  ".join(f"{name} {'no such objects' if v is None else f'{v:.3f}'}" for name, v in values)
         if self.num_dropped:
             text += f"  ({self.num_dropped} detections beyond {MAX_DETECTIONS} of an image and class are not counted)"
         return text
 
-    def __repr__(self) -> str:
-        return f"<CocoMetrics {self}>"
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CocoResults:
     """Box metrics, and mask metrics where targets and predictions hold masks (else None).
 
@@ -117,12 +114,9 @@ class CocoResults:
     def num_images(self) -> int:
         return len(self.images)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{self.num_images} images", f"box   {self.box}"]
         return "\n".join(lines + ([f"mask  {self.mask}"] if self.mask else []))
-
-    def __repr__(self) -> str:
-        return f"<CocoResults {self}>"
 
 
 def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
@@ -146,7 +140,8 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
     inside = np.maximum(np.minimum(x + w, gx + gw) - np.maximum(x, gx), 0)
     inside = inside * np.maximum(np.minimum(y + h, gy + gh) - np.maximum(y, gy), 0)
     areas = (w * h)[:, 0]
-    masks = {"mask_areas": None, "mask_ious": None}
+    empty = not len(areas) + len(iscrowd)  # nothing that could have a mask
+    masks = {"mask_areas": areas if empty else None, "mask_ious": inside if empty else None}
     if "masks" in prediction and ("masks" in target or not len(iscrowd)):
         truth = target.get("masks", np.zeros((0, *size))).astype(bool)
         mask_areas, mask_inside = np.zeros(len(areas)), np.zeros(inside.shape)
@@ -326,10 +321,8 @@ def coco_metrics(images: Sequence[ImageIoUs]) -> CocoResults:
     without = [i for i, image in enumerate(images) if image.mask_ious is None]
     has_masks = any(image.mask_ious is not None and image.mask_ious.shape[1] for image in images)
     if has_masks and without:
-        raise ValueError(
-            f"{len(without)} of {len(images)} images, the first with index {without[0]}, have no masks in their target "
-            "or prediction, and others have: give all of them masks, or none"
-        )
+        lacking = f"{len(without)} of {len(images)} images, the first with index {without[0]}, have no masks"
+        raise ValueError(f"{lacking} in their target or prediction, and others have: give all of them masks, or none")
     has_masks = has_masks or not without and any(image.mask_ious.shape != (0, 0) for image in images)
     return CocoResults(_metrics(images, "box"), _metrics(images, "mask") if has_masks else None, images)
 
@@ -368,5 +361,4 @@ def bootstrap_interval(
                 per_class.append(_curves(true, false, total, matches.scores)[0].mean())
         if per_class:
             aps.append(np.mean(per_class))
-    low, high = np.quantile(aps, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(aps, [(1 - level) / 2, (1 + level) / 2]).tolist())

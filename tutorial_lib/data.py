@@ -6,7 +6,6 @@ Notebook 01 builds them by hand, the batch sampler apart.
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -109,19 +108,19 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
         aspect_ratios: width / height of every image of the dataset, in its order.
         batch_size: of each process.
         num_windows: the fewer, the less padding, and the more often the same images meet again; with one for
-            each batch, or more, it is plain shuffling. Notebook 07 shows what both are worth.
+            each batch, or more, it is plain shuffling. Notebook 10 shows what both are worth.
         num_replicas: the number of processes. Each takes its part of the same batches, so that none waits long for
             another that has larger images.
         rank: of this process.
         generator: what draws the order; None is torch's own, as in ``torch.utils.data.RandomSampler``, and that is
-            in the checkpoints of :func:`tutorial_lib.engine.save_checkpoint`, while this one is not. Several
+            in the checkpoints of :func:`tutorial_lib.checkpoint.save_checkpoint`, while this one is not. Several
             processes need one each, of the same seed, and have to draw the same number of epochs.
 
     Raises:
         ValueError: the ratios are not finite numbers over 0, there is not one batch for each process, a number is not
             positive, or several processes have no generator.
 
-    Source: notebook 07; the grouping of torchvision's detection references.
+    Source: notebook 10; the grouping of torchvision's detection references.
     """
 
     def __init__(
@@ -137,16 +136,14 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
         self.aspect_ratios = torch.as_tensor(aspect_ratios, dtype=torch.float64).clone()
         if self.aspect_ratios.dim() != 1 or not (self.aspect_ratios.isfinite() & (self.aspect_ratios > 0)).all():
             raise ValueError("aspect_ratios has to be one finite number over 0, width / height, for each image")
-        numbers = {"batch_size": batch_size, "num_windows": num_windows, "num_replicas": num_replicas}
-        for name, number in numbers.items():
-            if operator.index(number) < 1:
-                raise ValueError(f"{name} {number} must be positive")
+        if min(batch_size, num_windows, num_replicas) < 1:
+            numbers = f"batch_size {batch_size}, num_windows {num_windows}, num_replicas {num_replicas}"
+            raise ValueError(f"{numbers}: each must be at least 1")
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} must be from 0 to num_replicas - 1, which is {num_replicas - 1}")
         if len(aspect_ratios) < batch_size * num_replicas:
-            raise ValueError(
-                f"{len(aspect_ratios)} images are too few for {num_replicas} process(es) with batches of {batch_size}"
-            )
+            whole = f"{num_replicas} process(es) with batches of {batch_size}"
+            raise ValueError(f"{len(aspect_ratios)} images are too few for {whole}")
         if num_replicas > 1 and generator is None:
             raise ValueError("several processes draw the same batches only with a generator each, of the same seed")
         self.batch_size, self.num_windows, self.generator = batch_size, num_windows, generator

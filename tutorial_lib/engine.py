@@ -28,7 +28,7 @@ _BFLOAT16 = ("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.mask_head"
 
 
 def pick_device() -> torch.device:
-    """The device that ``TUTORIAL_DEVICE`` names (``cpu``, ``cuda``, ``mps``); else CUDA, else Apple's MPS, else the CPU.
+    """The device that ``TUTORIAL_DEVICE`` names, else CUDA where there is a GPU, else Apple's MPS, else the CPU.
 
     Raises:
         ValueError: ``TUTORIAL_DEVICE`` is none of the three, or that device is not there.
@@ -152,17 +152,15 @@ def train_one_epoch(
 @contextlib.contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
     """Seed the CPU's generator and the device's with 0, and set both back afterwards; no other is touched."""
-    generators = {"cpu": torch.random, "cuda": torch.cuda, "mps": torch.mps}
-    used = [generators[name] for name in {"cpu", device.type} & generators.keys()]
-    states = [module.get_rng_state() for module in used]
+    of_device = {"cuda": [torch.cuda], "mps": [torch.mps]}.get(device.type, [])
+    states = [module.get_rng_state() for module in (torch, *of_device)]
     torch.default_generator.manual_seed(0)  # torch.manual_seed would seed all devices
-    for module in used:
-        if module is not torch.random:
-            module.manual_seed(0)
+    for module in of_device:
+        module.manual_seed(0)
     try:
         yield
     finally:
-        for module, state in zip(used, states, strict=True):
+        for module, state in zip((torch, *of_device), states, strict=True):
             module.set_rng_state(state)
 
 
@@ -227,18 +225,17 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
                 try:
                     compared.append(compare(prediction, target, tuple(image.shape[-2:])))
                 except ValueError as error:
-                    where = f"image {len(compared)} of the loader, image_id {target.get('image_id')}"
-                    raise ValueError(f"{where}: {error}") from error
+                    which = f"image {len(compared)} of the loader, image_id {target.get('image_id')}"
+                    raise ValueError(f"{which}: {error}") from error
     sampler = getattr(batch_sampler, "sampler", None) or getattr(data_loader, "sampler", None)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, list(zip(sampler, compared, strict=False)))
         by_index = {index: image for part in reversed(parts) for index, image in part}
         if missing := set(range(len(sampler.dataset))) - by_index.keys():
-            raise ValueError(
-                f"{len(missing)} of the {len(sampler.dataset)} images, the first with index {min(missing)}, were given "
-                "to no process: DistributedSampler and DataLoader need drop_last=False, and each process its own rank"
-            )
+            lost = f"{len(missing)} of {len(sampler.dataset)} images, the first with index {min(missing)}"
+            need = "DistributedSampler and DataLoader need drop_last=False, and each process its own rank"
+            raise ValueError(f"{lost}, were given to no process: {need}")
         compared = [by_index[index] for index in range(len(sampler.dataset))]
     return coco_metrics(compared)
 
@@ -271,11 +268,12 @@ def predict(
         finally:
             if own_threshold is not None:
                 roi_heads.score_thresh = own_threshold
-    kept = []
-    for prediction in predictions:
-        keep = prediction["scores"] >= score_threshold
-        kept.append({k: v[keep].cpu().float() if v.is_floating_point() else v[keep].cpu() for k, v in prediction.items()})
-    return kept
+
+    def kept(value: Tensor, scores: Tensor) -> Tensor:
+        value = value[scores >= score_threshold].cpu()
+        return value.float() if value.is_floating_point() else value
+
+    return [{name: kept(value, found["scores"]) for name, value in found.items()} for found in predictions]
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

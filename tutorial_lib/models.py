@@ -67,10 +67,8 @@ def replace_predictors(model: FasterRCNN, num_classes: int) -> FasterRCNN:
     Source: notebooks 02 and 04.
     """
     if not hasattr(getattr(model, "roi_heads", None), "box_predictor"):
-        raise TypeError(
-            f"a {type(model).__name__} has no roi_heads.box_predictor: give a Faster or Mask R-CNN that is not wrapped "
-            "(of a DistributedDataParallel, its .module)"
-        )
+        need = "give a Faster or Mask R-CNN (of a DataParallel or DistributedDataParallel, its .module)"
+        raise TypeError(f"a {type(model).__name__} has no roi_heads.box_predictor: {need}")
     replace_box_predictor(model, num_classes)
     return replace_mask_predictor(model, num_classes) if model.roi_heads.has_mask() else model
 
@@ -97,7 +95,7 @@ def feature_nodes(trunk: nn.Module) -> dict[int, tuple[str, int, bool]]:
         (``torchvision.models.feature_extraction``), its channels, and whether they come last in
         its shape, as in Swin.
 
-    Source: notebook 03.
+    Source: notebook 09.
     """
     train, evaluation = get_graph_node_names(trunk)
     names = [name for name in evaluation if name in set(train)]
@@ -108,17 +106,15 @@ def feature_nodes(trunk: nn.Module) -> dict[int, tuple[str, int, bool]]:
     for name, output in outputs.items():
         if isinstance(output, Tensor) and output.ndim == 4:
             for stride in (4, 8, 16, 32):
-                if stride >= max((s for s, _, _ in strides.values()), default=0):
-                    if output.shape[2:] == (size // stride,) * 2:
-                        strides[name] = stride, output.shape[1], False
-                    elif output.shape[1:3] == (size // stride,) * 2:
-                        strides[name] = stride, output.shape[3], True
+                cells, coarsest = (size // stride,) * 2, max((s for s, _, _ in strides.values()), default=0)
+                if stride >= coarsest and cells in (output.shape[2:], output.shape[1:3]):
+                    last = output.shape[2:] != cells
+                    strides[name] = stride, output.shape[3 if last else 1], last
     found: dict[int, tuple[str, int, bool]] = {}
     for name, (stride, channels, last) in strides.items():
         following = next((other for other, (s, _, _) in strides.items() if s > stride), "")
-        if (
-            len(commonprefix([name.split("."), following.split(".")])) < 2
-        ):  # else it is inside the block that halves the resolution
+        # With a longer common prefix it is inside the block that halves the resolution.
+        if len(commonprefix([name.split("."), following.split(".")])) < 2:
             found[stride] = name, channels, last
     return found
 
@@ -158,7 +154,7 @@ def backbone_with_fpn(name: str, weights: WeightsEnum | str | None = None, out_c
         ValueError: the trunk has no features at one of the strides, or cannot be traced; the message
             says which.
 
-    Source: Lin et al., arXiv 1612.03144; notebook 03.
+    Source: Lin et al., arXiv 1612.03144; notebook 09.
     """
     trunk = get_model(name, weights=weights)
     try:
@@ -191,7 +187,7 @@ def best_anchor_ious(model: FasterRCNN, images: Sequence[Tensor], targets: Seque
         ValueError: there are no images, or not as many targets as images.
         AssertionError: from torchvision; the anchors do not have one tuple of sizes for each feature map.
 
-    Source: notebook 03.
+    Source: notebook 09.
     """
     if not images or len(images) != len(targets):
         raise ValueError(f"{len(images)} images and {len(targets)} targets: give one target for each image")

@@ -7,6 +7,7 @@ Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import operator
 import shutil
@@ -36,7 +37,6 @@ DIGEST = "313ac6cb0e3e2f9bc6b1d41903bd13b17707af114cfef636ff09a5de0ed44b0f"
 _MAX_BYTES = 100_000_000  # the archive has 51 MB, and 53 MB when it is unpacked
 _TIMEOUT = 30  # seconds without a byte
 _SCRATCH = ".PennFudanPed-download-"  # and what mkdtemp adds
-_DAY = 86_400
 
 
 class PennFudanDataset(Dataset):
@@ -71,9 +71,8 @@ class PennFudanDataset(Dataset):
         self.file_names = sorted(path.name for path in (self.root / "PNGImages").glob("*.png"))
         if not self.file_names:
             raise ValueError(f"{self.root / 'PNGImages'} holds no .png files")
-        for name in self.file_names:
-            if not self._mask_path(name).is_file():
-                raise FileNotFoundError(f"{self._mask_path(name)}, the mask of {name}, is missing")
+        if missing := [mask for mask in map(self._mask_path, self.file_names) if not mask.is_file()]:
+            raise FileNotFoundError(f"{len(missing)} masks are missing; the first is {missing[0]}")
 
     def _mask_path(self, name: str) -> Path:
         return self.root / "PedMasks" / f"{Path(name).stem}_mask.png"
@@ -87,8 +86,7 @@ class PennFudanDataset(Dataset):
         Raises:
             ValueError: it is no image; the message names it.
         """
-        path = self._mask_path(self.file_names[index])
-        with opened(path) as mask:
+        with opened(self._mask_path(self.file_names[index])) as mask:
             return mask.height, mask.width
 
     def get_target(self, index: int) -> dict[str, Tensor | int]:
@@ -103,10 +101,9 @@ class PennFudanDataset(Dataset):
         index = range(len(self))[operator.index(index)]
         path = self._mask_path(self.file_names[index])
         mask = read_image(path)
-        if len(mask) != 1:
-            raise ValueError(f"{path} has {len(mask)} channels; a mask has one, with the person's number in each pixel")
-        if mask.dtype != torch.uint8:
-            raise ValueError(f"{path} is a {mask.dtype} mask; save it with 8 bits a pixel")
+        if len(mask) != 1 or mask.dtype != torch.uint8:
+            found = f"{len(mask)} channel(s) of {mask.dtype}"
+            raise ValueError(f"{path} has {found}; a mask has one of uint8, with the person's number in each pixel")
         pixels = mask.flatten().bincount()  # of each number
         ids = pixels[1:].nonzero().flatten() + 1
         masks = (mask == ids[:, None, None].to(mask.dtype)).to(torch.uint8)
@@ -121,7 +118,7 @@ class PennFudanDataset(Dataset):
 
     def _decode(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
         path = self.root / "PNGImages" / self.file_names[index]
-        image = tv_tensors.Image(read_image(path, "RGB"))
+        image = tv_tensors.Image(read_image(path, "RGB").contiguous())
         target = self.get_target(index)
         if image.shape[-2:] != target["masks"].shape[-2:]:
             sizes = [f"{w} x {h}" for h, w in (image.shape[-2:], target["masks"].shape[-2:])]
@@ -130,15 +127,11 @@ class PennFudanDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
         index = range(len(self))[operator.index(index)]  # also of a NumPy number or a tensor, and from the end
+        sample = self._samples.get(index) or self._decode(index)
         if self.in_memory:
-            if index not in self._samples:
-                image, target = self._decode(index)
-                self._samples[index] = image.clone(memory_format=torch.contiguous_format), target
-            image, target = self._samples[index]
-            image = image.clone()  # what is kept must not be changed in place
-            target = {name: v.clone() if isinstance(v, Tensor) else v for name, v in target.items()}
-        else:
-            image, target = self._decode(index)
+            self._samples[index] = sample
+            sample = copy.deepcopy(sample)  # what is kept must not be changed in place
+        image, target = sample
         if self.transforms is not None:
             image, target = self.transforms(image, target)
         return image, target
@@ -178,24 +171,21 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
     if folder.exists():
         raise RuntimeError(f"{folder} is there, but is not all of PennFudan as published; move it away and try again")
     root.mkdir(parents=True, exist_ok=True)
-    for left_over in root.glob(f"{_SCRATCH}*/"):  # of a download that was killed
-        if time.time() - left_over.stat().st_mtime > _DAY:
+    for left_over in root.glob(f"{_SCRATCH}*/"):  # of a download that was killed, over a day ago
+        if time.time() - left_over.stat().st_mtime > 86_400:
             shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=root, prefix=_SCRATCH) as scratch:
         archive, unpacked = Path(scratch) / "PennFudanPed.zip", Path(scratch) / "PennFudanPed"
         _download(url, archive)
         if not zipfile.is_zipfile(archive):
-            start = archive.read_bytes()[:60]
-            raise RuntimeError(
-                f"{url} gave no zip file, or not all of one: {archive.stat().st_size:,} bytes that start with "
-                f"{start!r} (is it the page of a proxy?)"
-            )
+            came = f"{archive.stat().st_size:,} bytes that start with {archive.read_bytes()[:60]!r}"
+            raise RuntimeError(f"{url} gave no zip file, or only a part of one: {came} (a proxy's page?)")
         try:
             with zipfile.ZipFile(archive) as zipped:
                 _limit(url, sum(file.file_size for file in zipped.infolist()))
                 zipped.extractall(scratch)  # drops ".." and drives from the names
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
-            raise RuntimeError(f"{url}: the archive is damaged or cannot be unpacked ({error}); try again") from error
+            raise RuntimeError(f"{url}: the archive cannot be unpacked ({error}); try again") from error
         if not _is_penn_fudan(unpacked):
             raise RuntimeError(f"{url}: the archive does not hold the {NUM_IMAGES} photographs and masks of PennFudan")
         try:

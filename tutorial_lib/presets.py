@@ -68,20 +68,23 @@ PRESETS = {
 FULL_ON_CPU = {"min_size": (400,), "max_size": 640, "epochs": 2, "scratch_epochs": 2, "long_epochs": 3}
 
 
-def choose_preset(name: str | None = None) -> Preset:
+def choose_preset(name: str | None = None, device: torch.device | None = None) -> Preset:
     """The preset of that name; else of ``TUTORIAL_PRESET``; else full where CUDA is and quick where not.
 
     On a CPU, ``full`` has smaller images and fewer epochs.
 
+    Args:
+        device: :func:`tutorial_lib.engine.pick_device` unless given.
+
     Raises:
         ValueError: there is no preset of that name.
     """
-    device = pick_device().type
-    name = name or os.environ.get("TUTORIAL_PRESET") or ("full" if device == "cuda" else "quick")
+    kind = (device or pick_device()).type
+    name = name or os.environ.get("TUTORIAL_PRESET") or ("full" if kind == "cuda" else "quick")
     if name not in PRESETS:
         raise ValueError(f"TUTORIAL_PRESET is {name!r}; it can be {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    return replace(preset, **FULL_ON_CPU) if name == "full" and device == "cpu" else preset
+    return replace(preset, **FULL_ON_CPU) if name == "full" and kind == "cpu" else preset
 
 
 def data_folder() -> Path:

@@ -151,7 +151,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-windows", type=int, default=5, help="fewer: less padding; 1000: plain shuffling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--device", type=a_device, help="cuda, cpu …; else cuda where there is a card, or mps; else cpu"
+        "--device", type=a_device, help="cuda, cpu …; else TUTORIAL_DEVICE; else a GPU where there is one"
     )
     arguments = parser.parse_args()
     for name in ("epochs", "batch_size", "num_windows"):
@@ -164,14 +164,13 @@ if __name__ == "__main__":
     device = arguments.device or pick_device()
     if device.type == "cuda":
         if world > torch.cuda.device_count():
-            parser.error(f"{torch.cuda.device_count()} card(s) for {world} process(es); --device cpu goes without")
+            parser.error(f"{torch.cuda.device_count()} GPU(s) for {world} process(es); --device cpu goes without")
         if world > 1 or device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     elif world > 1:
         device = torch.device("cpu")  # gloo has no MPS
-    named = arguments.preset or os.environ.get("TUTORIAL_PRESET")
-    preset = choose_preset(named or ("full" if device.type == "cuda" else "quick"))
+    preset = choose_preset(arguments.preset, device)
     preset = replace(preset, batch_size=arguments.batch_size or preset.batch_size)
     if world * preset.batch_size > preset.split[0]:
         whole = f"{world} process(es) with batches of {preset.batch_size}"

@@ -32,14 +32,11 @@ def _draw_one(axes, image: Tensor, target: dict | None, categories: Sequence[str
         # imshow puts the centre of pixel 0 at 0, so its left edge is at -0.5.
         corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
         axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colours[i], linewidth=1.6))
-        words = []
-        if categories is not None:
-            words.append(categories[int(target["labels"][i])])
-        if "scores" in target:
-            words.append(f"{float(target['scores'][i]):.2f}")
-        if words:
+        name = [] if categories is None else [categories[int(target["labels"][i])]]
+        score = [f"{float(target['scores'][i]):.2f}"] if "scores" in target else []
+        if text := " ".join(name + score):
             box = {"facecolor": colours[i], "edgecolor": "none", "pad": 1, "alpha": 0.85}
-            axes.text(*corner, " ".join(words), fontsize=8, color="white", bbox=box, va="bottom", clip_on=True)
+            axes.text(*corner, text, fontsize=8, color="white", bbox=box, va="bottom", clip_on=True)
 
 
 def show(

@@ -15,25 +15,23 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/02_finetuning_a_predictor.ipynb)
 #
-# You take a detector that was trained on other pictures, exchange its last layer for
-# one with your classes, and train it on 100 photographs (at `quick`, on 40 synthetic images).
-
-# %% [markdown]
+# You take a detector that was trained on other pictures, replace its last layer, and train it on 100
+# photographs of pedestrians.
+#
 # ## What you'll do
 #
-# - see what Faster R-CNN and Mask R-CNN are made of;
-# - ask a pre-trained detector for people *before* any training, and measure it;
-# - replace its classifier, and check which weights are new and which are kept;
-# - write one training step by hand, then the loop;
-# - compare before and after, on images that were not used for anything else.
+# - look at what a pre-trained detector sees, and measure it;
+# - replace its predictor with one for your classes;
+# - take one training step by hand, then write the schedule and the loop;
+# - compare before and after, and look at a case where it still fails.
 #
 # **You need** notebook [01](01_dataset.ipynb), or a dataset that gives what it builds.
 #
-# | preset | detector | trained on | time |
-# |---|---|---|---|
-# | `quick` | `fasterrcnn_mini_fpn`, 2.2 M parameters | 40 synthetic images | 1 min or so on one CPU core |
-# | `laptop` | the same | 100 photographs | 7 min or so on one CPU core |
-# | `full` | `fasterrcnn_resnet50_fpn`, 41.8 M parameters | 100 photographs | a GPU; without one, smaller images and fewer epochs (not measured yet) |
+# | preset | download | time |
+# |---|---|---|
+# | `quick` | none | @QUICK@ on one CPU core |
+# | `laptop` | photographs, 51 MB | @LAPTOP@ on one CPU core |
+# | `full` | photographs, and weights of 160 MB | made for a GPU (not measured yet) |
 
 # %% [markdown]
 # ## Set-up
@@ -50,96 +48,75 @@ if importlib.util.find_spec("tutorial_lib") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
-# The preset, as in notebook 01. `fetch_weights` downloads what the preset needs now, so that a
-# missing network stops us here and not in the middle.
+# The next cell turns the preset into plain constants and downloads what is missing. `full` takes
+# torchvision's Faster R-CNN with a ResNet-50. `quick` and `laptop` take a small model with the same
+# parts, which a CPU can train in minutes. `quick` has synthetic images instead of the photographs.
+#
+# The model resizes each image so that its shorter side is `MIN_SIZE`. Of several sizes, each training
+# image gets a random one, and evaluation uses the last.
 
 # %% tags=["nbval-ignore-output"]
-import torch
-
 from tutorial_lib.engine import pick_device
-from tutorial_lib.presets import (
-    choose_preset,
-    fetch_weights,
-    prepare_data,
-    provenance,
-)
+from tutorial_lib.presets import choose_preset, fetch_weights, prepare_data, provenance
 
 preset = choose_preset()
-SEED = 0
-EPOCHS = preset.epochs
-device = pick_device()
-root = prepare_data(preset)
-fetch_weights(preset.faster_rcnn, preset.weights)
+MODEL, WEIGHTS = preset.faster_rcnn, preset.weights
+MIN_SIZE, MAX_SIZE = preset.min_size, preset.max_size
+EPOCHS, BATCH_SIZE, LEARNING_RATE = preset.epochs, preset.batch_size, preset.learning_rate
+SPLIT, SEED = preset.split, 0
+
+device, root = pick_device(), prepare_data(preset)
+fetch_weights(MODEL, WEIGHTS)
 print(provenance(preset, device))
+print(f"{MODEL = }\n{WEIGHTS = }\n{MIN_SIZE = }\n{MAX_SIZE = }\n{EPOCHS = }")
+print(f"{BATCH_SIZE = }\n{LEARNING_RATE = }\n{SPLIT = }\n{SEED = }")
 
 # %% [markdown]
-# ## What a Faster R-CNN is made of
+# ## The parts of a Faster R-CNN
 #
-# Faster R-CNN ([Ren et al. 2015, arXiv 1506.01497](https://arxiv.org/abs/1506.01497))
-# finds objects in two stages. The RPN proposes boxes, and the RoI heads (RoI is a region of
-# interest) classify and correct each of them. The names are torchvision's:
+# Faster R-CNN ([Ren et al. 2015](https://arxiv.org/abs/1506.01497)) finds objects in two stages. The
+# names are torchvision's:
 #
-# ![Faster R-CNN: images go through transform, as one batch, to the backbone. Its feature maps go to the rpn, which gives proposals, and to roi_heads. There box_roi_pool, box_head and box_predictor make boxes, labels and scores of feature maps and proposals.](images/faster_rcnn.svg)
+# ![Faster R-CNN: images go through transform, as one batch, to the backbone. Its feature maps go to the rpn, which gives proposals, and to roi_heads. There box_roi_pool, box_head and box_predictor make boxes, labels and scores.](images/faster_rcnn.svg)
 #
-# 1. `transform` resizes and normalises the images and pads them to one batch.
-# 2. `backbone` is a classification network without its classifier. It turns the
-#    batch into feature maps; with a feature pyramid (FPN), into one for each of several scales.
-# 3. `rpn`, the region proposal network, looks at every location of the feature maps. There
-#    it has a few boxes of fixed sizes, the *anchors*. For each it says whether there
-#    is an object (any object) and how the anchor should be moved. The best are the *proposals*.
-# 4. `roi_heads.box_roi_pool` cuts the features under each proposal out, as 7 × 7 values
-#    for each channel, whatever the proposal's size.
-# 5. `roi_heads.box_head` makes a vector of them, and `roi_heads.box_predictor` two
-#    things of the vector: a score for each class, and a correction of the box for each class.
+# 1. `transform` resizes and normalises the images, and pads them to one batch.
+# 2. `backbone` computes feature maps. It is a classification network without its classifier (the
+#    trunk), with a feature pyramid (FPN) that gives maps of several scales.
+# 3. `rpn`, the region proposal network, is the first stage. It scores boxes of fixed sizes, the *anchors*, at
+#    every location: is there an object or not? It moves them, and the best become *proposals*.
+# 4. `roi_heads` is the second stage. It cuts out the features under each proposal. For each
+#    class, its `box_predictor` gives a score and a corrected box.
 #
-# Mask R-CNN ([He et al. 2017, arXiv 1703.06870](https://arxiv.org/abs/1703.06870)) adds
-# a third branch, which predicts a mask of 28 × 28 for each class. In evaluation it gets only
-# the boxes that were detected. Notebook [08](08_inside_mask_rcnn.ipynb) follows a picture
-# through all of these parts.
-#
-# ![Mask R-CNN: as Faster R-CNN, with a second row in roi_heads. There mask_roi_pool, mask_head and mask_predictor make masks of the feature maps and of the boxes that box_predictor gives, in training of the proposals.](images/mask_rcnn.svg)
+# Only `box_predictor` depends on the classes, so only this part has to be replaced. Mask R-CNN
+# ([He et al. 2017](https://arxiv.org/abs/1703.06870)) adds a branch for masks. Notebook
+# [04](04_penn_fudan_mask_rcnn.ipynb) trains one, and [08](08_inside_mask_rcnn.ipynb) looks inside.
 
 # %% [markdown]
-# ## Start from a detector that was trained before
+# ## What a pre-trained detector sees
 #
-# torchvision's detectors come with weights trained on [COCO](https://cocodataset.org): 118,000
-# photographs, 80 kinds of things. The preset decides which one is built here; at `full` the line below
-# is, word for word in a script of your own,
+# torchvision's detectors come with weights trained on [COCO](https://cocodataset.org), 118,000
+# photographs with 80 kinds of things. The classic lines are
 #
 # ```python
 # from torchvision.models.detection import fasterrcnn_resnet50_fpn
 # model = fasterrcnn_resnet50_fpn(weights="DEFAULT")
 # ```
 #
-# At `quick` and `laptop` it is a small model with the same parts, whose weights were
-# trained on synthetic street scenes and are a file of this project (see the end of this notebook).
-#
-# Older texts write `pretrained=True`. torchvision still accepts it, with the warning that it
-# "is deprecated since 0.13 and may be removed in the future", and loads `COCO_V1`, the same
-# as `weights="DEFAULT"` today. Write `weights=`: it says which ones.
-#
-# `min_size` and `max_size` say how large the model makes its images. `min_size` may hold several sizes, as it does at
-# `laptop`: then each training image gets a random one of them, and in evaluation all get the last.
+# Older texts write `pretrained=True`. torchvision still accepts it, warns that it is deprecated, and loads
+# `COCO_V1`, which is also today's `"DEFAULT"`. Below, `get_model` builds a model from its name:
 
 # %%
 from torchvision.models import get_model, get_model_weights
 
-weights = get_model_weights(preset.faster_rcnn)[preset.weights]
-model = get_model(
-    preset.faster_rcnn,
-    weights=weights,
-    min_size=preset.min_size,
-    max_size=preset.max_size,
-).to(device)
+weights = get_model_weights(MODEL)[WEIGHTS]
 categories = weights.meta["categories"]
+model = get_model(MODEL, weights=weights, min_size=MIN_SIZE, max_size=MAX_SIZE).to(device)
 print(categories[:2])
 assert categories.index("person") == 1
 
 # %% [markdown]
-# Weights know their categories. "person" is number 1 of COCO and of our synthetic scenes, and
-# 1 is the label that our dataset gives to people. So we can ask this model for people
-# **without training anything**, and measure the answer. We call this row *zero-shot*: the model knows the class, but has
-# seen none of our images. It tells what finetuning buys.
+# In our dataset, too, people have the label 1. So we can ask this model for people before any training.
+# The data are split as in notebook 01. Only the training images get random flips and colours.
 
 # %%
 from torch.utils.data import DataLoader
@@ -148,39 +125,15 @@ from tutorial_lib.data import collate_fn, split_dataset
 from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.transforms import get_transform
 
-augmented = PennFudanDataset(root, get_transform(train=True))
-plain = PennFudanDataset(root, get_transform(train=False))
-train_set, _, _ = split_dataset(augmented, preset.split, SEED)
-_, val_set, test_set = split_dataset(plain, preset.split, SEED)
+train_set, _, _ = split_dataset(PennFudanDataset(root, get_transform(train=True)), SPLIT, SEED)
+_, val_set, test_set = split_dataset(PennFudanDataset(root, get_transform(train=False)), SPLIT, SEED)
 
-torch.manual_seed(SEED)
-train_loader = DataLoader(
-    train_set,
-    preset.batch_size,
-    shuffle=True,
-    drop_last=True,
-    collate_fn=collate_fn,
-)
-val_loader = DataLoader(val_set, preset.batch_size, collate_fn=collate_fn)
-test_loader = DataLoader(test_set, preset.batch_size, collate_fn=collate_fn)
-
-# %% tags=["nbval-ignore-output"]
-from tutorial_lib.engine import evaluate
-
-zero_shot = evaluate(model, test_loader, device)
-print(zero_shot)
+train_loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=collate_fn)
+val_loader = DataLoader(val_set, BATCH_SIZE, collate_fn=collate_fn)
+test_loader = DataLoader(test_set, BATCH_SIZE, collate_fn=collate_fn)
 
 # %% [markdown]
-# How to read it: *precision* is the share of detections that are right, *recall* the share of objects that are detected.
-# **AP** is COCO's average precision, the area under the
-# precision-recall curve, averaged over how exactly a box has to fit: an IoU of at least 0.50,
-# 0.55 … 0.95. IoU, *intersection over union*, is the area that two boxes share divided by the
-# area that they cover together. AP50 asks for an IoU of 0.5 only, AP75 for 0.75. AR is the recall with up to
-# 100 detections an image, averaged over the same thresholds; AR1 and AR10 allow 1 and 10. Small is an area under
-# 32² pixels, large one over 96². All are between 0 and 1; "no such objects" means there was nothing to measure on.
-#
-# And how it looks, with the detections that score at least 0.5. The model also detects
-# the other classes that it knows:
+# These are three validation images, with all detections that score at least 0.5:
 
 # %%
 import matplotlib.pyplot as plt
@@ -188,134 +141,192 @@ import matplotlib.pyplot as plt
 from tutorial_lib.engine import predict
 from tutorial_lib.visualization import show
 
-shown = [test_set[i] for i in range(3)]
-images, targets = zip(*shown, strict=True)
-before = predict(model, images, device, score_threshold=0.5)
-show(images, before, categories=categories)
+pictures = [val_set[i][0] for i in range(3)]
+before = predict(model, pictures, device, score_threshold=0.5)
+show(pictures, before, categories=categories)
 plt.show()
 
 # %% [markdown]
+# ## How good is that? IoU, precision, recall and AP
+#
+# A detection need not fit exactly. **IoU**, *intersection over union*, says how well two boxes fit: the area that
+# they share, divided by the area that they cover together.
+
+# %%
+import torch
+from torchvision.ops import box_iou
+
+person = torch.tensor([[10.0, 10.0, 50.0, 90.0]])  # 40 × 80 pixels
+detection = torch.tensor([[20.0, 10.0, 60.0, 90.0]])  # the same size, 10 pixels further right
+shared = 30 * 80
+covered = 40 * 80 + 40 * 80 - shared
+print(f"IoU = {shared} / {covered} = {shared / covered}")
+assert torch.isclose(box_iou(person, detection), torch.tensor(shared / covered))
+
+show([torch.ones(3, 100, 70)], [{"boxes": torch.cat([person, detection])}], cell=(2, 2.6))
+plt.show()
+
+# %% [markdown]
+# A detection is right if its IoU with a person is at least a threshold, say 0.5. Each person counts
+# once, for the detection with the best score. Then
+#
+# - **precision** is the share of detections that are right;
+# - **recall** is the share of people that are detected.
+#
+# Both change with the score from which on you accept detections. A lower score raises recall, and mostly
+# lowers precision. **AP**, *average precision*, is the area under the curve of precision over recall. It is
+# between 0 and 1.
+#
+# COCO's AP is a mean over ten IoU thresholds, 0.50, 0.55 … 0.95, and over all classes that have objects in
+# these images. The model also detects cars, say. Those boxes do not lower AP, because our targets hold only
+# people. AP50 and AP75 use one threshold. A small object has an area below 32² pixels, a large one over
+# 96². AR is the highest recall, averaged over the thresholds. At most 100 detections count for each image
+# and class. Notebook [06](06_evaluating_detections.ipynb) computes all of this by hand.
+#
+# ## Measure before you train
+#
+# We call this row *zero-shot*: the model knows the class, but has seen none of our images.
+
+# %% tags=["nbval-ignore-output"]
+from tutorial_lib.engine import evaluate
+
+
+def print_table(rows):
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR")
+    print(f"{'':22}" + "".join(f"{name:>10}" for name in names))
+    for row, metrics in rows.items():
+        values = [getattr(metrics, name) for name in names]
+        print(f"{row:22}" + "".join(f"{'-':>10}" if v is None else f"{v:10.3f}" for v in values))
+
+
+zero_shot = evaluate(model, val_loader, device).box
+print_table({"zero-shot, validation": zero_shot})
+
+# %% [markdown]
+# (A dash means that there are no such objects.)
+#
 # ## Replace the predictor
 #
-# The model's `box_predictor` has two linear layers on the same input. `cls_score` has an
-# output for each class it was trained on, `bbox_pred` four for each (at `full` that is 91:
-# COCO's numbers run to 90, with gaps, and 0 is the background):
+# `box_predictor` has two linear layers with the same input. `cls_score` gives a score for each class
+# that the model was trained on, and `bbox_pred` four corrections of the box for each:
 
 # %% tags=["nbval-ignore-output"]
 print(model.roi_heads.box_predictor)
 
 # %% [markdown]
-# Ours has two classes: background, always number 0, and person. So we need a new predictor
-# with the same input and two outputs. These are the lines that everyone copies:
+# We have two classes: background, always number 0, and person. The new predictor has the same input and two
+# outputs. (`replace_box_predictor` in `tutorial_lib/models.py` does the same.)
 
 # %%
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 old_parameters = dict(model.named_parameters())
-
+torch.manual_seed(SEED)
 num_classes = 2  # background and person
 in_features = model.roi_heads.box_predictor.cls_score.in_features
 model.roi_heads.box_predictor = FastRCNNPredictor(in_features, num_classes).to(device)
 
 # %% [markdown]
-# What has changed? A parameter is kept if it is the *same object* as before:
+# Which parameters are new? Those that are not the same object as before:
 
 # %%
-new = [n for n, p in model.named_parameters() if p is not old_parameters.get(n)]
-kept = [n for n, p in model.named_parameters() if p is old_parameters.get(n)]
+new = [name for name, p in model.named_parameters() if p is not old_parameters.get(name)]
 print("new:", *new, sep="\n  ")
 assert all(name.startswith("roi_heads.box_predictor.") for name in new)
-assert set(kept) | set(new) == set(old_parameters)
 
 # %% [markdown]
-# Four tensors are new and random; the transform, the backbone, the RPN and the box head are
-# as they were. That is why so few pictures are enough: nearly all of the model already
-# knows how to see. (Not all of it will be trained, either: of a pre-trained ResNet-50, torchvision
-# freezes the first two of five stages and every BatchNorm, so the optimizer below is
-# given only what has `requires_grad`.) As a function of the library, for later notebooks:
-
-# %% tags=["copy-me"]
-# tutorial_lib/models.py
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-
-
-def replace_box_predictor(model: FasterRCNN, num_classes: int) -> FasterRCNN:
-    old = model.roi_heads.box_predictor.cls_score
-    new = FastRCNNPredictor(old.in_features, num_classes)
-    model.roi_heads.box_predictor = new.to(old.weight)
-    return model
-
-
-# %% [markdown]
-# ## Two modes, two kinds of answers
+# Four tensors are new and random. All others are kept, and with them what the model knows about
+# pictures. That is why 100 photographs are enough.
 #
-# In **training** mode the model wants targets, and returns losses; in **evaluation** mode
-# it takes only images, and returns detections.
+# ## One step by hand
+#
+# In **training** mode the model wants targets and returns losses. In **evaluation** mode it wants only images
+# and returns detections. We try both on a copy, so the model itself stays as it is.
 
 # %%
+import copy
+
 images, targets = next(iter(train_loader))
 images = [image.to(device) for image in images]
-targets = [
-    {k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()}
-    for t in targets
-]
-model.train()
-losses = model(images, targets)
-print("training:  ", sorted(losses))
+targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
 
-model.eval()
+trial = copy.deepcopy(model)
+losses = trial.train()(images, targets)
+print("training:  ", sorted(losses))
 with torch.inference_mode():
-    detections = model(images)
+    detections = trial.eval()(images)
 print("evaluation:", sorted(detections[0]))
 
 # %% [markdown]
-# The four losses, two for each stage:
+# Each stage has two losses:
 #
 # | loss | asks |
 # |---|---|
 # | `loss_objectness` | does the RPN tell anchors with an object from those without? |
-# | `loss_rpn_box_reg` | does it move those anchors to the object? |
-# | `loss_classifier` | does the `box_predictor` name the proposals? |
+# | `loss_rpn_box_reg` | does it move those anchors onto the object? |
+# | `loss_classifier` | does `box_predictor` give proposals the right class? |
 # | `loss_box_reg` | does it correct their boxes? |
 #
-# Mask R-CNN has a fifth, `loss_mask`: is each of the 28 × 28 pixels right? What each
-# field of a detection means you know from notebook 01; `scores` is new, and comes sorted.
-
-# %%
-mask_rcnn = get_model("maskrcnn_mini_fpn", weights=None, num_classes=2).train()
-mask_losses = mask_rcnn(
-    [i.cpu() for i in images],
-    [{k: v.cpu() if torch.is_tensor(v) else v for k, v in t.items()} for t in targets],
-)
-assert set(mask_losses) - set(losses) == {"loss_mask"}
-
-# %% [markdown]
-# ## One step by hand
-#
-# Training minimises the sum of the losses. A step is the same as for a classifier:
+# (Mask R-CNN has a fifth, `loss_mask`.) Training minimises their sum. A step is the same as for any classifier:
 
 # %% tags=["nbval-ignore-output"]
-parameters = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(parameters, lr=preset.learning_rate, weight_decay=0.01)
+optimizer = torch.optim.AdamW([p for p in trial.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
-model.train()
-losses = model(images, targets)
+losses = trial.train()(images, targets)
 loss = sum(losses.values())
 optimizer.zero_grad()
 loss.backward()
 optimizer.step()
-print(
-    f"loss {loss.item():.3f} =",
-    " + ".join(f"{v.item():.3f}" for v in losses.values()),
-)
+print(f"loss {loss.item():.3f} =", " + ".join(f"{v.item():.3f}" for v in losses.values()))
 
 # %% [markdown]
+# `requires_grad` matters. torchvision freezes the first two of a pre-trained ResNet-50's five stages, and a
+# frozen layer has nothing to learn.
+#
+# ## A learning rate that rises and falls
+#
+# The new layers are random, so their first gradients are large and would shake the trained layers. The learning
+# rate therefore rises during the first epoch, the *warm-up*. Then it falls to zero along a
+# [cosine](https://arxiv.org/abs/1608.03983), so that the last steps are small.
+
+# %% tags=["copy-me"]
+# tutorial_lib/engine.py
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    return LambdaLR(optimizer, factor)
+
+
+# %%
+torch.manual_seed(SEED)
+parameters = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+steps = len(train_loader)
+schedule = warmup_cosine(optimizer, warmup_steps=steps, total_steps=EPOCHS * steps)
+
+factor = schedule.lr_lambdas[0]
+figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+axes.plot([i / steps for i in range(EPOCHS * steps)], [LEARNING_RATE * factor(i) for i in range(EPOCHS * steps)])
+axes.set(xlabel="epoch", ylabel="learning rate", ylim=0)
+plt.show()
+
+# %% [markdown]
+# The classic text has SGD with a rate of 0.005 and batches of 2. @OPT@
+#
 # ## The loop
 #
-# Around that step, the library's `train_one_epoch` puts what a real run needs: a
-# progress bar, the learning rate's schedule, and a stop when the loss is no longer finite.
-# (One step with such a loss spoils every weight.) This cell needs nothing else of ours:
+# `train_one_epoch` takes the step above for each batch, and moves the schedule on. It stops when the loss
+# is no longer finite, because one such step spoils every weight.
 
 # %% tags=["copy-me"]
 # tutorial_lib/engine.py
@@ -330,17 +341,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
-def to_device(
-    images: Iterable[Tensor], targets: Iterable[dict], device: torch.device
-) -> tuple[list, list]:
-    to = partial(
-        Tensor.to, device=device, non_blocking=device.type == "cuda"
-    )  # MPS would copy from freed memory
+def to_device(images: Iterable[Tensor], targets: Iterable[dict], device: torch.device) -> tuple[list, list]:
+    to = partial(Tensor.to, device=device, non_blocking=device.type == "cuda")  # MPS would copy from freed memory
     images = [to(image) for image in images]
-    targets = [
-        {k: to(v) if isinstance(v, Tensor) else v for k, v in target.items()}
-        for target in targets
-    ]
+    targets = [{k: to(v) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
     return images, targets
 
 
@@ -355,16 +359,12 @@ def train_one_epoch(
 ) -> dict[str, float]:
     model.train()
     history = []
-    for images, targets in tqdm(
-        data_loader, file=sys.stdout, leave=False, disable=not progress
-    ):
+    for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
         images, targets = to_device(images, targets, device)
         losses = model(images, targets)
         loss = sum(losses.values())
         if not torch.isfinite(loss):
-            values = ", ".join(
-                f"{name} {value.item():.3g}" for name, value in losses.items()
-            )
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
             raise FloatingPointError(
                 f"the loss is not finite at step {len(history) + 1} ({values}) on the images with image_id "
                 f"{[target.get('image_id') for target in targets]}: look at their pixels and boxes "
@@ -377,184 +377,138 @@ def train_one_epoch(
             lr_scheduler.step()
         history.append(torch.stack([loss, *losses.values()]).detach())
     if not history:
-        raise ValueError(
-            "data_loader gives no batches: it is empty, or drop_last leaves nothing of it"
-        )
+        raise ValueError("data_loader gives no batches: it is empty, or drop_last leaves nothing of it")
     means = torch.stack(history).mean(dim=0).tolist()
     return dict(zip(["loss", *losses], means, strict=True))
 
 
 # %% [markdown]
-# The schedule raises the learning rate over the first epoch, while the new predictor is
-# still random and its gradients are large, and then lowers it to zero. After every
-# epoch we look at the **validation** images; the test images decide nothing.
+# After every epoch we look at the validation images. The test images wait until the end.
 
 # %% tags=["nbval-ignore-output"]
-from tutorial_lib.engine import warmup_cosine
-
-torch.manual_seed(SEED)
-optimizer = torch.optim.AdamW(parameters, lr=preset.learning_rate, weight_decay=0.01)
-steps = len(train_loader)
-schedule = warmup_cosine(optimizer, warmup_steps=steps, total_steps=EPOCHS * steps)
 history = []
 for epoch in range(1, EPOCHS + 1):
-    losses = train_one_epoch(
-        model, optimizer, train_loader, device, lr_scheduler=schedule
-    )
-    box = evaluate(model, val_loader, device).box
-    history.append({**losses, "AP": box.AP, "AP50": box.AP50})
-    print(
-        f"epoch {epoch}/{EPOCHS}  loss {losses['loss']:.3f}  validation AP {box.AP:.3f}"
-    )
+    losses = train_one_epoch(model, optimizer, train_loader, device, lr_scheduler=schedule)
+    finetuned = evaluate(model, val_loader, device).box
+    history.append({**losses, "AP": finetuned.AP, "AP50": finetuned.AP50})
+    print(f"epoch {epoch}/{EPOCHS}  loss {losses['loss']:.3f}  validation AP {finetuned.AP:.3f}")
 
 # %%
 from tutorial_lib.visualization import plot_history
 
-curves = {k: [row[k] for row in history] for k in history[0]}
-loss_curves = {k: v for k, v in curves.items() if k.startswith("loss")}
-plot_history(
-    [loss_curves, {k: curves[k] for k in ("AP", "AP50")}],
-    ["loss", "on validation"],
-)
+curves = {name: [row[name] for row in history] for name in history[0]}
+of_loss = {name: values for name, values in curves.items() if name.startswith("loss")}
+plot_history([of_loss, {name: curves[name] for name in ("AP", "AP50")}], ["loss", "on validation"])
 plt.show()
+assert curves["loss"][-1] < curves["loss"][0]
 
 # %% [markdown]
 # ## Before and after
 #
-# Now the test images again, as before training:
-
-# %% tags=["nbval-ignore-output"]
-finetuned = evaluate(model, test_loader, device)
-print(f"{'':12}{'AP':>8}{'AP50':>8}{'AP75':>8}{'AR':>8}")
-for name, result in (
-    ("zero-shot", zero_shot.box),
-    ("finetuned", finetuned.box),
-):
-    numbers = (result.AP, result.AP50, result.AP75, result.AR)
-    print(f"{name:12}" + "".join(f"{v or 0:8.3f}" for v in numbers))
+# The three pictures from above, before training (upper row) and after (lower row):
 
 # %%
-assert history[-1]["loss"] < history[0]["loss"]
-assert preset.name == "full" or finetuned.box.AP > zero_shot.box.AP + 0.05
-
-# %% [markdown]
-# The same three pictures as above, before (upper row) and after (lower row):
-
-# %%
-images = [image.cpu() for image, _ in shown]
-after = predict(model, images, device, score_threshold=0.5)
-titles = ["before"] * 3 + ["after"] * 3
-show([*images, *images], [*before, *after], titles=titles)
+after = predict(model, pictures, device, score_threshold=0.5)
+show(pictures * 2, before + after, titles=["before"] * 3 + ["after"] * 3)
 plt.show()
 
 # %% [markdown]
-# ## Where it fails
-#
-# A person counts as detected when some detection has an IoU of at least 0.5 with them.
-# This is the test image with the most *missed* people. Their boxes are on the left, all
-# detections with a score of at least 0.5 on the right.
-
-# %%
-from torchvision.ops import box_iou
-
-test_samples = [test_set[i] for i in range(len(test_set))]
-detected = [predict(model, [image], device)[0] for image, _ in test_samples]
-missed = []
-for (_, target), prediction in zip(test_samples, detected, strict=True):
-    overlap = box_iou(target["boxes"], prediction["boxes"])
-    best = (
-        overlap.max(dim=1).values
-        if overlap.numel()
-        else torch.zeros(len(target["boxes"]))
-    )
-    missed.append(best < 0.5)
-worst = max(range(len(missed)), key=lambda i: missed[i].sum())
-image, target = test_samples[worst]
-not_detected = {"boxes": target["boxes"][missed[worst]]}
-show(
-    [image, image],
-    [not_detected, detected[worst]],
-    ["missed", "detections"],
-    columns=2,
-    cell=(5.5, 4),
-)
-plt.show()
+# And in numbers, with the test images for the first and only time:
 
 # %% tags=["nbval-ignore-output"]
-people = sum(len(target["boxes"]) for _, target in test_samples)
-num_missed = int(sum(m.sum() for m in missed))
-print(f"{num_missed} of {people} people on the test images are missed at score 0.5")
+test = evaluate(model, test_loader, device).box
+rows = {"zero-shot, validation": zero_shot, "finetuned, validation": finetuned, "finetuned, test": test}
+print_table(rows)
 
 # %% tags=["results", "nbval-ignore-output"]
-{"box_AP": round(finetuned.box.AP, 4)}
+{"box_AP": round(test.AP, 4)}
 
 # %% [markdown]
-# ## Where the small models' weights come from
-#
-# `quick` and `laptop` need a detector that was trained before, and no download. Its
-# weights are a file of 5 MB in this project, trained by
-# `python -m tools.pretrain` on synthetic scenes like these, with seven kinds of things in
-# them:
+# The curve behind AP50 shows what training changed. The area under each curve is its AP50:
 
 # %%
-import numpy as np
-from torchvision.transforms.v2.functional import pil_to_tensor
+from tutorial_lib.coco_eval import RECALLS
 
-from tutorial_lib.offline.sample import draw_scene
-
-scenes = [
-    draw_scene(np.random.default_rng([SEED, i]), others=(2, 4))[0] for i in range(4)
-]
-show([pil_to_tensor(scene) for scene in scenes], columns=4)
+figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+for name, metrics in rows.items():
+    person_class = list(metrics.per_class).index(1)
+    axes.plot(RECALLS, metrics.precision[0, :, person_class], label=name)
+axes.set(xlabel="recall", ylabel="precision at IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
+axes.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# They stand in for COCO in the order of the lesson: pre-train, look, finetune. They have never
-# seen a photograph, nor the fog of the images at `quick`; the zero-shot row above shows it.
-# `python -m tools.benchmarks.starter` measures what they are worth. After 4 epochs on the 100
-# photographs of `laptop`, Mask R-CNN has a test mask AP of 0.346 ± 0.016 from these weights,
-# and of 0.006 ± 0.007 from random ones. (Means and spreads of 3 seeds, on 2 CPU cores;
-# `tutorial_lib/results/starter.json`.)
+# ## Why validation and test differ
+#
+# A small part of a dataset is easier or harder than another by chance. Count the people by size:
+
+# %%
+for name, part in (("validation", val_set), ("test", test_set)):
+    area = torch.cat([target["area"] for _, target in part])
+    small, large = int((area < 32**2).sum()), int((area > 96**2).sum())
+    print(f"{name:10} {len(part):3} images, {len(area):3} people: {small} small, {large} large")
+
+# %% [markdown]
+# @DIFFER@
+#
+# ## Where it fails
+#
+# This is the test image with the most *missed* people: no detection that scores at least 0.5 has an
+# IoU of 0.5 with them. Their boxes are on the left, all detections on the right.
+
+# %%
+samples = [test_set[i] for i in range(len(test_set))]
+detected = [predict(model, [image], device, score_threshold=0.5)[0] for image, _ in samples]
+missed = []
+for (_, target), found in zip(samples, detected, strict=True):
+    missed.append((box_iou(target["boxes"], found["boxes"]) < 0.5).all(dim=1))
+
+worst = max(range(len(missed)), key=lambda i: missed[i].sum())
+image, target = samples[worst]
+targets = [{"boxes": target["boxes"][missed[worst]]}, detected[worst]]
+show([image, image], targets, ["missed", "detections"], columns=2, cell=(5.5, 4))
+plt.show()
 
 # %% [markdown]
 # ## Recap
 #
-# - **Measure** the model before you train it; that row costs one pass over the test images.
+# - **Measure** the model before you train it; that costs one pass over the validation images.
 # - **Replace** `roi_heads.box_predictor` with one for your classes, background included.
-# - **Check** what is new and what is kept; everything but four tensors is.
+# - **Raise** the learning rate slowly, then let it fall.
 # - **Sum** the losses, step, and stop if the sum is not finite.
-# - **Choose** on validation, **report** on test.
+# - **Look** at the validation images during training, and at the test images once.
 
 # %% [markdown]
 # ## On your own
 #
-# 1. Train only the new predictor: set `requires_grad_(False)` on everything else. What
-#    does AP lose, and the time of an epoch?
-#    <details><summary>Hint</summary>Loop over <code>old_parameters.values()</code> before building the optimizer.</details>
-# 2. Keep "person" instead of starting at random: copy the rows of the old `cls_score` and
-#    `bbox_pred` for classes 0 and 1 into the new ones.
-#    <details><summary>Hint</summary><code>bbox_pred</code> has four rows for each class, so classes 0 and 1 are rows 0 to 7.</details>
-# 3. Train three seeds. How far apart are the APs?
-#    <details><summary>Hint</summary>Set <code>SEED</code> for the training only, and keep the split's.</details>
+# 1. Train only the new predictor. What does AP lose, and how much faster is an epoch?
+#    <details><summary>Hint</summary>Freeze everything else before you build the optimizer.</details>
+#    <details><summary>Solution</summary><code>model.requires_grad_(False)</code>, then
+#    <code>model.roi_heads.box_predictor.requires_grad_(True)</code>.</details>
+# 2. Keep "person" instead of starting at random: copy the old layers' rows of classes 0 and 1 into the new
+#    layers. Is AP good before any training?
+#    <details><summary>Hint</summary><code>bbox_pred</code> has four rows for each class, so these are rows 0 to 7.</details>
+#    <details><summary>Solution</summary>For each of <code>cls_score.weight</code> and <code>.bias</code>
+#    <code>new.data.copy_(old[:2])</code>, and for those of <code>bbox_pred</code> <code>old[:8]</code>. The old
+#    ones are in <code>old_parameters</code>.</details>
+# 3. Train with three seeds on the same split. How far apart are the APs?
+#    <details><summary>Hint</summary>Change the seed of the predictor and of the training, and not that of the split.</details>
 
 # %% [markdown]
 # ## In practice
 #
 # - `num_classes` counts the background. With ten kinds of things it is 11, and their labels are 1 to
-#   10. A label of 0 is accepted in silence, and teaches the model that the object is background.
-#   One that is too large is `IndexError: Target 11 is out of bounds` on the CPU, and on CUDA a
-#   "device-side assert".
-# - The optimizer must be built **after** the predictor is replaced, or it trains the old one.
-# - Replacing the predictor throws away what the model knew of your class. When "person" is all
-#   you need, the zero-shot row may already do.
-# - Every number here is from one seed and few test images (16 at `quick`, 50 elsewhere), and the third decimal means little:
-#   exercise 3 shows how far apart seeds are.
+#   10. This model takes a label of 0 for background, in silence. A label that is too large raises
+#   `IndexError: Target 11 is out of bounds` on the CPU, and a device-side assert on CUDA.
+# - Build the optimizer *after* you replace the predictor, or it trains the old one.
+# - A new predictor forgets your class. If "person" is all you need, the zero-shot model may do.
+# @NOISE@
+# @WEIGHTS@
 #
 # ## Further reading
 #
-# - [Faster R-CNN](https://arxiv.org/abs/1506.01497), [Feature Pyramid
-#   Networks](https://arxiv.org/abs/1612.03144), [Mask R-CNN](https://arxiv.org/abs/1703.06870).
+# - [Feature Pyramid Networks](https://arxiv.org/abs/1612.03144), the FPN of these models.
 # - [torchvision's detection models](https://docs.pytorch.org/vision/stable/models.html#object-detection-instance-segmentation-and-person-keypoint-detection).
-# - [What COCO's metrics are](https://cocodataset.org/#detection-eval).
+# - [COCO's metrics](https://cocodataset.org/#detection-eval).
 #
 # **Next:** [03, swap the backbone](03_swapping_the_backbone.ipynb).

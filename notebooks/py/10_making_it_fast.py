@@ -507,9 +507,9 @@ plt.show()
 #
 # ## All together
 #
-# The library's loader, which can be copied out. It takes a part that `split_dataset` or `Subset` has cut out of a `PennFudanDataset`:
+# A loader with the library's sampler. It takes a part that `split_dataset` or `Subset` has cut out of a `PennFudanDataset`:
 
-# %% tags=["copy-me"]
+# %%
 import torch
 from torch.utils.data import DataLoader
 

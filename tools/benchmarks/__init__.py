@@ -1,4 +1,7 @@
-"""Measurements that take minutes: each module is a command that writes a file of ``results``, with its provenance."""
+"""Measurements that take minutes: each module is a command that writes a file of ``tutorial_lib/results``.
+
+What it was measured on is in every row.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-from tools.notebooks import library_hash
+from tools.notebooks import ROOT, library_hash
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "tutorial_lib" / "results"
 
 
 def provenance(device: torch.device) -> dict[str, str | int]:
@@ -35,5 +38,4 @@ def provenance(device: torch.device) -> dict[str, str | int]:
 
 
 def write_results(name: str, results: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
 """Backbones under Faster R-CNN, trained and measured at the same budget on the same split.
 
-    python -m tests.benchmarks.backbones [quick] [laptop] [full]
+    python -m tools.benchmarks.backbones [quick] [laptop] [full]
 
 Every row of ``results/backbones.json`` is one backbone at one preset: the same images, epochs, image size, batch,
 optimizer and seed for all of a preset, no epoch chosen, the test images read once at the end. ``quick`` trains on the
-drawn sample, ``laptop`` on PennFudan, ``full`` on PennFudan on a CUDA card from ImageNet weights; where those cannot
+synthetic sample, ``laptop`` on PennFudan, ``full`` on PennFudan on a GPU from ImageNet weights; where those cannot
 be fetched it says so, starts from random weights, and writes ``random`` into the row.
 
 ``train_images_per_second`` is of whole epochs with loading and augmentation, ``inference_images_per_second`` of
@@ -35,11 +35,12 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
-from tests.benchmarks import RESULTS, provenance, write_results
+from tools.benchmarks import RESULTS, provenance, write_results
 from tools.notebooks import ROOT, code_of_module, library_hash
+from tutorial_lib.data import collate_fn, split_dataset
 from tutorial_lib.engine import evaluate, pick_device, train_one_epoch, warmup_cosine
 from tutorial_lib.models import backbone_with_fpn
-from tutorial_lib.penn_fudan import PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.presets import choose_preset, fetch_weights, prepare_data
 from tutorial_lib.transforms import get_transform
 
@@ -172,7 +173,7 @@ def of_this_code() -> dict[str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", help=f"{', '.join(BUDGETS)}; quick and laptop unless named")
-    parser.add_argument("--only", choices=TRUNKS, help="measure this backbone alone, print its row and write nothing")
+    parser.add_argument("--only", choices=TRUNKS, help="measure only this backbone, print its row and write nothing")
     parser.add_argument("--limit", type=int, help="with --only: train and test on so many images, to try it")
     arguments = parser.parse_args()
     presets = arguments.presets or ["quick", "laptop"]
@@ -188,7 +189,7 @@ if __name__ == "__main__":
             if (name, backbone) in {(row["preset"], row["backbone"]) for row in rows}:
                 continue
             begun = time.perf_counter()
-            command = [sys.executable, "-m", "tests.benchmarks.backbones", name, "--only", backbone]
+            command = [sys.executable, "-m", "tools.benchmarks.backbones", name, "--only", backbone]
             finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(finished.stdout.splitlines()[-1]) | same)
             print(f"{time.perf_counter() - begun:.0f} s: {rows[-1]}", flush=True)

@@ -78,7 +78,7 @@ class Classic:
     """The usual evaluator: one COCOeval update an image, its masks encoded one by one; pycocotools' own table."""
 
     def __init__(self, targets: list[dict], sizes: list[tuple[int, int]]):
-        dataset: dict = {"images": [], "categories": [{"id": 1}], "annotations": []}
+        dataset: dict = {"info": {}, "images": [], "categories": [{"id": 1}], "annotations": []}
         for target, (height, width) in zip(targets, sizes, strict=True):
             dataset["images"].append({"id": target["image_id"], "height": height, "width": width})
             for box, mask in zip(target["boxes"].tolist(), target["masks"], strict=True):

@@ -1,10 +1,11 @@
 """The classic way and ours, side by side in one run, on the same inputs.
 
-    python -m tests.benchmarks.speed [work ...]
+    python -m tools.benchmarks.speed [work ...]
 
 Rows of ``results/speed.json`` hold the seconds of both and their ratio; works that are not named keep their rows. The
-loop that they are compared with is in ``classic.py``. Set PENN_FUDAN_ROOT to measure on the photographs. The works of
-the name `..._cuda` need a card, and with PENN_FUDAN_ROOT no network: the model has random weights there.
+classic loop is in ``classic.py``. Ours has the large memory pages that the Makefile asks Linux for. Set
+PENN_FUDAN_ROOT to measure on the photographs. The works of the name `..._cuda` need a GPU, and with PENN_FUDAN_ROOT no
+network: the model has random weights there.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ from torchvision.models import ResNet50_Weights, get_model, resnet50
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 
-from tests.benchmarks import RESULTS, provenance, write_results
-from tests.benchmarks.classic import Classic, ClassicDataset, classic_evaluate, classic_predict, classic_step
+from tools.benchmarks import RESULTS, provenance, write_results
+from tools.benchmarks.classic import Classic, ClassicDataset, classic_evaluate, classic_predict, classic_step
 from tutorial_lib.coco_eval import coco_metrics, compare
+from tutorial_lib.data import AspectRatioBatchSampler, collate_fn, split_dataset
 from tutorial_lib.engine import evaluate, has_fast_bfloat16, predict, train_one_epoch, use_bfloat16
-from tutorial_lib.models import EmbeddingBagRoIAlign, replace_box_predictor, replace_mask_predictor
-from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.models import replace_predictors
+from tutorial_lib.offline.roi_align import EmbeddingBagRoIAlign
+from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.presets import Preset, choose_preset, prepare_data
 from tutorial_lib.transforms import get_transform
 
@@ -69,32 +72,24 @@ def scene(number: int) -> tuple[dict, dict, tuple[int, int]]:
     found[:, 2:] = torch.maximum(found[:, 2:], found[:, :2] + 4)
     y, x = np.mgrid[-1:1:28j, -1:1:28j]
     blob = torch.from_numpy(1.1 - np.hypot(y, x) + rng.normal(0, 0.1, (100, 28, 28))).float()
-    prediction = {
-        "boxes": found, "labels": torch.ones(100, dtype=torch.int64),
-        "scores": torch.from_numpy(rng.random(100)).float(), "roi_masks": blob.clamp(0, 1)[:, None],
-    }  # fmt: skip
+    masks = paste_masks_in_image(blob.clamp(0, 1)[:, None], found, size)
+    scores = torch.from_numpy(rng.random(100)).float()
+    prediction = {"boxes": found, "labels": torch.ones(100, dtype=torch.int64), "scores": scores, "masks": masks}
     return prediction, target, size
 
 
-def pasted(prediction: dict, size: tuple[int, int]) -> dict:
-    prediction = dict(prediction)
-    masks = prediction.pop("roi_masks")
-    return {**prediction, "masks": paste_masks_in_image(masks, prediction["boxes"], size)}
-
-
-def evaluator(num_images: int, paste: bool, rounds: int = 1) -> dict:
+def evaluator(num_images: int, rounds: int = 1) -> dict:
     """Ours beside the classic evaluator, on 100 detections an image, the mean of several rounds in turn.
 
-    With ``paste``, both begin with Mask R-CNN's 28 × 28 masks, which the classic one has to
-    paste to full size; without, both begin with masks of full size.
+    Both begin with masks of the image's size, as Mask R-CNN gives them.
     """
-    rows = [evaluated(num_images, paste) for _ in range(rounds)]
+    rows = [evaluated(num_images) for _ in range(rounds)]
     seconds = {name: [row[name] for row in rows] for name in ("classic", "ours")}
     means = {name: statistics.mean(values) for name, values in seconds.items()}
     return rows[0] | means | ({"rounds": seconds} if rounds > 1 else {})
 
 
-def evaluated(num_images: int, paste: bool) -> dict:
+def evaluated(num_images: int) -> dict:
     """One round of :func:`evaluator`."""
     seconds = {"classic": 0.0, "ours": 0.0}
 
@@ -110,9 +105,8 @@ def evaluated(num_images: int, paste: bool) -> dict:
         classic = timed("classic", Classic, targets, sizes)
         for number, (target, size) in enumerate(zip(targets, sizes, strict=True)):
             prediction = scene(number)[0]
-            full = timed("classic", pasted, prediction, size) if paste else pasted(prediction, size)
-            timed("classic", classic.update, full, number)
-            compared.append(timed("ours", compare, prediction if paste else full, target, size))
+            timed("classic", classic.update, prediction, number)
+            compared.append(timed("ours", compare, prediction, target, size))
         stats = timed("classic", classic.finish)
         results = timed("ours", coco_metrics, compared)
     for theirs, metrics in zip(stats, (results.box, results.mask), strict=True):
@@ -144,11 +138,11 @@ def alternating(classic: Callable, ours: Callable, inputs: list) -> dict:
     return medians | {"repeats": len(pairs), "ratio_quartiles": [round(quartiles[k], 2) for k in (0, 2)]}
 
 
-def sample(in_memory: bool) -> dict:
-    """One image and its target, without augmentation."""
+def sample() -> dict:
+    """One image and its target, without augmentation: from the disk the classic way, ours from memory."""
     preset = preset_at_hand(CPU)
     root = prepare_data(preset)
-    ours = PennFudanDataset(root, get_transform(train=False), in_memory=in_memory)
+    ours = PennFudanDataset(root, get_transform(train=False), in_memory=True)
     classic = ClassicDataset(root, get_transform(train=False))
     indices = list(range(min(len(ours), 100)))
     for index in indices:  # so that the disk is read, and the cache is full
@@ -234,7 +228,7 @@ def loaders(loop: Loop, preset: Preset, device: torch.device) -> tuple[DataLoade
 
 def model_and_optimizer(loop: Loop, preset: Preset, device: torch.device) -> tuple:
     torch.manual_seed(0)
-    model = replace_mask_predictor(replace_box_predictor(detector(preset, loop.roi_align), 2), 2).to(device)
+    model = replace_predictors(detector(preset, loop.roi_align), 2).to(device)
     loop.change(model, device)
     if loop.classic:
         return model.train(), torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
@@ -310,7 +304,7 @@ def inference(device: torch.device) -> dict:
         torch.manual_seed(0)
         model = detector(preset, roi_align)
         if preset.name == "full":
-            replace_mask_predictor(replace_box_predictor(model, 2), 2)
+            replace_predictors(model, 2)
         models.append(model.to(device))
     classic, ours = models
     use_bfloat16(ours, device)
@@ -327,7 +321,7 @@ def inference(device: torch.device) -> dict:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Of the card since the last reset, or of this process; None where Linux does not say it."""
+    """Of the GPU since the last reset, or of this process; None where Linux does not say it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")  # getrusage would begin with the peak of the process that started this one
@@ -388,7 +382,7 @@ def script(count: int, threads: int, epochs: int) -> dict:
         command = [f"--{name}={value}" for name, value in (arguments | {"out": out}).items()]
         subprocess.run(
             [sys.executable, *launcher, "-m", "tutorial_lib.train", *command],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads // count)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads // count), "THP_MEM_ALLOC_ENABLE": "1"},
             check=True,
             stdout=subprocess.DEVNULL,
         )
@@ -426,8 +420,7 @@ def training() -> dict:
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WORKS: dict[str, Callable[[], dict]] = {
-    "sample_from_disk": lambda: sample(in_memory=False),
-    "sample_from_cache": lambda: sample(in_memory=True),
+    "sample_from_cache": sample,
     "train_step_cpu": lambda: train_step(CPU, one_after_the_other(CPU)),
     "inference_cpu": lambda: inference(CPU),
     "epoch_quick": lambda: epoch(CPU, choose_preset("quick")),
@@ -435,10 +428,8 @@ WORKS: dict[str, Callable[[], dict]] = {
     "training_cpu": training,
     "several_processes_cpu": several_processes,
     "channels_last_cpu": lambda: train_step(CPU, {"contiguous": OURS, "last": replace(OURS, change=channels_last)}),
-    "evaluator_50": lambda: evaluator(50, paste=True, rounds=4),
-    "evaluator_1000": lambda: evaluator(1000, paste=True),
-    "evaluator_50_pasted": lambda: evaluator(50, paste=False, rounds=4),
-    "evaluator_1000_pasted": lambda: evaluator(1000, paste=False),
+    "evaluator_50": lambda: evaluator(50, rounds=4),
+    "evaluator_1000": lambda: evaluator(1000),
     "train_step_cuda": lambda: train_step(CUDA, one_after_the_other(CUDA)),
     "inference_cuda": lambda: inference(CUDA),
     "epoch_cuda": lambda: epoch(CUDA),

@@ -1,11 +1,11 @@
 """What the starter weights are worth: zero-shot, finetuned at `quick`, and on the photographs beside random weights.
 
-    python -m tests.benchmarks.starter [quick] [laptop] [--processes 2]
+    python -m tools.benchmarks.starter [quick] [laptop] [--processes 2]
 
-`quick` finetunes on the drawn sample with 5 seeds, as notebook 04; `laptop` on PennFudan (PENN_FUDAN_ROOT) with 3 seeds
-from the starter weights and 3 from random ones, with the same budget: 4 epochs, a sixth of notebook 04's. Rows of
-``results/starter.json`` that are there already, of the same weights and code, are not measured again, nor those of a
-preset that is not named.
+`quick` finetunes on the synthetic sample with 5 seeds, as notebook 04; `laptop` on PennFudan (PENN_FUDAN_ROOT) with
+3 seeds from the starter weights and 3 from random ones, with the same budget: 4 epochs, a sixth of notebook 04's. Rows
+of ``results/starter.json`` that are there already, of the same weights and code, are not measured again, nor those of
+a preset that is not named.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import multiprocessing
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -22,12 +23,12 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.models import get_model, get_model_weights
 
-from tests.benchmarks import RESULTS, provenance, write_results
+from tools.benchmarks import RESULTS, provenance, write_results
 from tools.notebooks import library_hash
-from tutorial_lib.coco_eval import mean_and_spread
+from tutorial_lib.data import AspectRatioBatchSampler, collate_fn, split_dataset
 from tutorial_lib.engine import evaluate, train_one_epoch, use_bfloat16, warmup_cosine
-from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
-from tutorial_lib.penn_fudan import AspectRatioBatchSampler, PennFudanDataset, collate_fn, split_dataset
+from tutorial_lib.models import replace_predictors
+from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.presets import PRESETS, Preset, choose_preset, prepare_data
 from tutorial_lib.transforms import get_transform
 
@@ -36,7 +37,7 @@ EPOCHS = {"quick": PRESETS["quick"].long_epochs, "laptop": 4}
 
 
 def finetune(preset: Preset, seed: int, weights: str | None, num_windows: int = 1000) -> dict:
-    """As notebook 04: the epoch is chosen on the validation images, the test images are read for its row alone.
+    """As notebook 04: the epoch is chosen on the validation images, the test images are read only for its row.
 
     ``num_windows`` is that of ``AspectRatioBatchSampler``; so many are plain shuffling.
     """
@@ -53,7 +54,7 @@ def finetune(preset: Preset, seed: int, weights: str | None, num_windows: int = 
     if weights:
         zero_shot = evaluate(model, test_loader, device)
         row |= {"zero_shot_box_AP": zero_shot.box.AP, "zero_shot_mask_AP": zero_shot.mask.AP}
-        replace_mask_predictor(replace_box_predictor(model, 2), 2)
+        replace_predictors(model, 2)
     use_bfloat16(model, device)
     shapes = map(augmented.get_height_and_width, train_set.indices)
     batches = AspectRatioBatchSampler([w / h for h, w in shapes], preset.batch_size, num_windows)
@@ -82,8 +83,8 @@ def summary(rows: list[dict]) -> dict:
         groups.setdefault(f"{row['preset']}, {row['weights']} weights", []).append(row)
     return {
         name: {
-            key: dict(zip(("mean", "spread"), mean_and_spread([row[key] for row in group]), strict=True))
-            for key in group[0]
+            key: {"mean": statistics.mean(values), "spread": statistics.stdev(values)}
+            for key, values in ((key, [row[key] for row in group]) for key in group[0])
             if key.endswith("AP") or key.endswith("AP50")
         }
         | {"seeds": len(group)}

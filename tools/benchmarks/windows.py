@@ -1,10 +1,11 @@
 """What grouping images by aspect ratio costs: notebook 04's finetuning with several `num_windows` of the batch sampler.
 
-    python -m tests.benchmarks.windows [--processes 2]
+    python -m tools.benchmarks.windows [--processes 2]
 
-At `quick`, on the drawn sample, with 10 batches an epoch; at `laptop`, on PennFudan (PENN_FUDAN_ROOT), with 25, and the
-4 epochs of ``starter.py``. With as many windows as batches it is plain shuffling. Rows go to ``results/windows.json``;
-those that are there already are not measured again, so delete the file to measure all with new code.
+At `quick`, on the synthetic sample, with 10 batches an epoch; at `laptop`, on PennFudan (PENN_FUDAN_ROOT), with 25, and
+the 4 epochs of ``starter.py``. With as many windows as batches it is plain shuffling. Rows go to
+``results/windows.json``; those that are there already are not measured again, so delete the file to measure all with
+new code.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
-from tests.benchmarks import RESULTS, write_results
-from tests.benchmarks.starter import finetune
+from tools.benchmarks import RESULTS, write_results
+from tools.benchmarks.starter import finetune
 from tutorial_lib.presets import choose_preset
 
 NUM_WINDOWS = {"quick": (10, 5, 1), "laptop": (25, 5)}

@@ -144,7 +144,7 @@ def maskrcnn_mini_fpn(
     Arguments and errors are those of :func:`fasterrcnn_mini_fpn`; ``kwargs`` go to
     ``torchvision.models.detection.MaskRCNN``.
 
-    Source: He et al., arXiv 1703.06870; notebook 02.
+    Source: He et al., arXiv 1703.06870; notebook 08.
     """
     weights = MaskRCNN_Mini_FPN_Weights.verify(weights)
     parts = _mini_parts(_num_classes(weights, num_classes))

@@ -27,8 +27,9 @@ class EmbeddingBagRoIAlign(MultiScaleRoIAlign):
     Each value of RoIAlign is a weighted mean of ``4 * sampling_ratio ** 2`` pixels of a feature map.
     ``torch.nn.functional.embedding_bag`` computes such sums, and their gradients, for all channels of a pixel at a time
     and with several threads; torchvision's gradient on a CPU goes through one number after the other with one.
-    Values and gradients are the same up to rounding. On other devices, in a traced, scripted, compiled or exported model, and with a
-    ``sampling_ratio`` below 1, which stands for a number of its own for each box, it is torchvision's.
+    Values and gradients are the same up to rounding. It is torchvision's on other devices, in a traced, scripted,
+    compiled or exported model, and with a ``sampling_ratio`` below 1, which stands for a number of its own for each
+    box.
 
     Arguments, and those of ``forward``, are of ``torchvision.ops.MultiScaleRoIAlign``.
 
