@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import REPOSITORY
 from tutorial_lib.offline.sample import write_sample
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +32,7 @@ def penn_fudan_root() -> Path:
     if named := os.environ.get("PENN_FUDAN_ROOT"):
         assert (Path(named) / "PNGImages").is_dir(), f"PENN_FUDAN_ROOT={named} holds no folder PNGImages"
         return Path(named)
-    data = [REPOSITORY.parent / "shared", REPOSITORY / "data", REPOSITORY / "notebooks" / "data"]
+    data = [REPOSITORY.parent / "shared", REPOSITORY / "data"]
     for folder in (parent / "PennFudanPed" for parent in data):
         if (folder / "PNGImages").is_dir():
             return folder
@@ -45,7 +44,7 @@ def penn_fudan_root() -> Path:
 
 @pytest.fixture(scope="session")
 def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve drawn images in PennFudan's layout. Read only: it is shared by all tests."""
+    """Twelve synthetic images in PennFudan's layout. Read only: it is shared by all tests."""
     return write_sample(tmp_path_factory.mktemp("sample"), num_images=12)
 
 

@@ -71,13 +71,13 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
     save_checkpoint(path, **parts, epoch=3, best=0.5, history=[{"loss": 1.5}], preset="quick")
     saved = all_of(parts)
     three_steps(**parts)
-    drawn = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()
+    sampled = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()
 
     resumed = new_parts()
     assert resume(path, **resumed) == {"epoch": 3, "best": 0.5, "history": [{"loss": 1.5}], "preset": "quick"}
     assert all_of(resumed) == saved and resumed["model"][3].seen == 24
     three_steps(**resumed)
-    assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == drawn
+    assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == sampled
     assert all_of(resumed) == all_of(parts)
     save_checkpoint(str(path), epoch=6)  # in the place of the one before
     assert load_checkpoint(str(path))["epoch"] == 6

@@ -247,7 +247,7 @@ def test_silent_on_the_synthetic_sample(sample_root):
     assert len(check(train, num_classes=2, other=train.dataset).errors) == 6
 
 
-def test_silent_on_the_photographs_unless_they_are_flipped_alone(penn_fudan_root):
+def test_silent_on_the_photographs_unless_only_the_images_are_flipped(penn_fudan_root):
     for train in (False, True):
         report = check(PennFudanDataset(penn_fudan_root, get_transform(train)), num_classes=2)
         assert str(report) == "170 samples with 423 objects: 0 errors, 0 warnings"
@@ -309,7 +309,7 @@ def test_image_that_moves_without_its_boxes_is_found():
         assert any(message in finding.message for finding in report.errors), str(report)
 
 
-def test_other_moves_of_the_image_alone_are_a_warning():
+def test_other_moves_of_only_the_image_are_a_warning():
     crop, turn = v2.RandomResizedCrop(SIZE, (0.05, 0.3)), v2.RandomAffine(45, (0.3, 0.3))
     for transform in (turn, crop, v2.RandomPerspective(0.6, 1), v2.RandomResize(60, 120)):
         report = check(Augmented(put(image=transform)))

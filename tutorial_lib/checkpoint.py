@@ -84,8 +84,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error!r}".partition("\\n")[0]) from error
 
 
 def resume(path: str | Path, **parts: Any) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """What torchvision's detection models need from a dataset, checked sample by sample, in plain English.
 
-A rule is a line in ``_ERRORS`` or ``_WARNINGS``, its kind and what to do, and a ``yield`` of the kind and a message in
-one of the functions of ``_RULES``.
-Notebook 07 uses :func:`check_dataset` on your own data.
+A rule has two parts: a line in ``_ERRORS`` or ``_WARNINGS`` names the kind of problem and what to do about it, and a
+function of ``_RULES`` yields the kind with a message. Notebook 07 uses :func:`check_dataset`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from tutorial_lib.data import boxes_from_masks
 
-_SHORT, _ALONE = "boxes one pixel short", "image changes, boxes do not"
+_SHORT, _ONLY_IMAGE = "boxes one pixel short", "image changes, boxes do not"
 _READ_AGAIN = 32  # so many samples with objects
 _LAST_PIXEL = "torchvision.ops.masks_to_boxes returns the index of the last pixel: add 1 to x2 and y2."
 _TOGETHER = "Pass image and target to one v2 transform, boxes as tv_tensors.BoundingBoxes, masks as tv_tensors.Mask."
@@ -78,7 +77,7 @@ _WARNINGS = {
     "image_id is not an int": "Use an int, for instance the index: COCO's evaluation expects one.",
     "box differs from its mask": "Fine if boxes include hidden parts; otherwise use boxes_from_masks(masks).",
     _SHORT: _LAST_PIXEL,
-    _ALONE: f"Does a transform crop, shift or rotate only the image? {_TOGETHER}",
+    _ONLY_IMAGE: f"Does a transform crop, shift or rotate only the image? {_TOGETHER}",
 }
 # Of each kind, its severity and what to do.
 PROBLEMS = {kind: ("error", hint) for kind, hint in _ERRORS.items()}
@@ -247,7 +246,7 @@ def check_dataset(
             message = f"The samples {_some(indices, 8)} have the image_id {image_id}."
             findings.append(Finding("image_id used more than once", message, indices[0], names[indices[0]]))
     # In a few samples these can be chance: they count where most samples have them.
-    for kind, tried in ((_SHORT, len(objects)), (_ALONE, min(len(objects), _READ_AGAIN))):
+    for kind, tried in ((_SHORT, len(objects)), (_ONLY_IMAGE, min(len(objects), _READ_AGAIN))):
         if 2 * sum(finding.kind == kind for finding in findings) <= tried:
             findings = [finding for finding in findings if finding.kind != kind]
     if not objects and all(finding.severity == "warning" for finding in findings):
@@ -459,7 +458,7 @@ def _moves(first: _Sample, again: _Sample) -> Problems:
     if alike[image] > 0.6 and clear and fits[box] > 0.95 and fits[image] < 0.8:
         yield "image and boxes move apart", f"Read again, the image {image}, but the boxes {box}."
     elif alike[image] < 0.2 and torch.equal(first.boxes, again.boxes):
-        yield _ALONE, "Read again, the image has its edges elsewhere; the boxes are the same."
+        yield _ONLY_IMAGE, "Read again, the image has its edges elsewhere; the boxes are the same."
 
 
 def _edges(image: Tensor) -> Tensor:

@@ -319,11 +319,10 @@ def coco_metrics(images: Sequence[ImageIoUs]) -> CocoResults:
     if not images:
         raise ValueError("there are no images to evaluate on")
     without = [i for i, image in enumerate(images) if image.mask_ious is None]
-    has_masks = any(image.mask_ious is not None and image.mask_ious.shape[1] for image in images)
-    if has_masks and without:
+    if without and any(image.mask_ious is not None and image.mask_ious.shape[1] for image in images):
         lacking = f"{len(without)} of {len(images)} images, the first with index {without[0]}, have no masks"
         raise ValueError(f"{lacking} in their target or prediction, and others have: give all of them masks, or none")
-    has_masks = has_masks or not without and any(image.mask_ious.shape != (0, 0) for image in images)
+    has_masks = not without and any(image.mask_ious.shape != (0, 0) for image in images)
     return CocoResults(_metrics(images, "box"), _metrics(images, "mask") if has_masks else None, images)
 
 

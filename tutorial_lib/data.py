@@ -71,8 +71,12 @@ def read_image(path: str | Path, mode: str | None = None) -> Tensor:
         return pil_to_tensor(image if mode in (None, image.mode) else image.convert(mode))
 
 
-def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int) -> tuple[Subset, ...]:
+def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int, block: int = 1) -> tuple[Subset, ...]:
     """Split a dataset into parts of the given sizes, at random but always alike for a seed.
+
+    Neighbours in a dataset's order often show the same place or moment, and a model that was trained on one of them
+    has nearly seen the other. So ``block`` consecutive samples stay together, but for a block that an end of a part
+    cuts in two.
 
     The same seed picks the same indices from every dataset of the same length: call it
     on a dataset with training transforms for the first part, and on one without for
@@ -84,9 +88,11 @@ def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int) -> tuple[Su
     Source: notebook 01.
     """
     if min(sizes) < 1 or sum(sizes) > len(dataset):
-        parts = f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)}"
-        raise ValueError(f"{parts}, the dataset's length")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        raise ValueError(f"sizes {tuple(sizes)} must be positive, and add up to at most {len(dataset)} samples")
+    blocks = torch.arange(len(dataset)).split(block)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(blocks), generator=generator).tolist()
+    order = torch.cat([blocks[i] for i in shuffled]).tolist()
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return tuple(Subset(dataset, order[end - size : end]) for size, end in zip(sizes, ends, strict=True))
 

@@ -80,7 +80,7 @@ def train(
 
     augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
     plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
-    train_set = split_dataset(augmented, preset.split, seed=0)[0]
+    train_set = split_dataset(augmented, preset.split, seed=0, block=10)[0]
     ratios = [width / height for height, width in map(augmented.get_height_and_width, train_set.indices)]
     order = torch.Generator().manual_seed(seed)  # the same in every process
     batches = AspectRatioBatchSampler(
@@ -90,7 +90,7 @@ def train(
     train_loader = DataLoader(train_set, batch_sampler=batches, **options)
     val_loader, test_loader = (
         DataLoader(part, preset.batch_size, sampler=DistributedSampler(part, world, rank, shuffle=False), **options)
-        for part in split_dataset(plain, preset.split, seed=0)[1:]
+        for part in split_dataset(plain, preset.split, seed=0, block=10)[1:]
     )
 
     torch.manual_seed(seed)

@@ -15,8 +15,8 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/04_penn_fudan_mask_rcnn.ipynb)
 #
-# You run the whole job once, as for a result that you report: instance masks of pedestrians, the best
-# epoch chosen on validation images, one look at the test images.
+# You run the whole job once, as for a result that you report: masks of pedestrians, the epoch chosen on
+# validation images, one look at the test images.
 
 # %% [markdown]
 # ## What you'll do
@@ -24,16 +24,16 @@
 # - replace both predictors of a Mask R-CNN, for boxes and for masks;
 # - train it, keep the best epoch, and go on after an interruption;
 # - look at its masks, good and bad;
-# - measure it once on the test images, beside zero-shot and a published result;
+# - measure it once, beside zero-shot and a published result;
 # - take the whole program with you, in one cell.
 #
 # **You need** notebooks [01](01_dataset.ipynb) and [02](02_finetuning_a_predictor.ipynb).
 #
 # | preset | model | epochs | time |
 # |---|---|---|---|
-# | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 2.6 min on one CPU core |
+# | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 1.5 min on one CPU core |
 # | `laptop` | the same, 208 to 320 pixels | 24 | 26 min on one CPU core |
-# | `full` | `maskrcnn_resnet50_fpn`, 44.4 M parameters, 800 pixels | 10 | a GPU; without one, smaller images and fewer epochs (not measured yet) |
+# | `full` | `maskrcnn_resnet50_fpn`, 44.4 M, 800 pixels | 10 | a GPU; without one, smaller images and 3 epochs (not measured yet) |
 
 # %% [markdown]
 # ## Set-up
@@ -51,11 +51,13 @@ if importlib.util.find_spec("tutorial_lib") is None:
 
 # %% [markdown]
 # The next cell turns the preset into plain constants. `full` takes torchvision's Mask R-CNN with a
-# ResNet-50. `quick` and `laptop` take a small model with the same parts, which was trained before on
-# synthetic street scenes. `quick` has synthetic images instead of the photographs.
+# ResNet-50. `quick` and `laptop` take a small model with the same parts, trained before on synthetic
+# street scenes. `quick` has synthetic images instead of the photographs. The device is CUDA where there
+# is a GPU.
 #
-# `RUN` is the folder for the files of the training. `None` makes a new temporary folder each time, so
-# that no old run goes on by accident. For a long training, name a folder that you keep.
+# `RUN` is the folder of the training's files. With `None` it is a new temporary folder each time, so that
+# no old run goes on by accident. For a long training, name a folder that you keep (on Colab, on your
+# Drive).
 
 # %% tags=["nbval-ignore-output"]
 from pathlib import Path
@@ -80,8 +82,8 @@ print(f"{BATCH_SIZE = }\n{LEARNING_RATE = }\n{SPLIT = }\n{SEED = }\n{RUN = }")
 # %% [markdown]
 # ## Data
 #
-# As in notebook 01: a split by seed, with random flips and colours for the training images only.
-# `in_memory=True` keeps every decoded image, about 1 MB for each photograph, so that no file is read twice.
+# As in notebook 01: a split by seed, and random flips and colours for the training images only.
+# `in_memory=True` keeps what is decoded, about 1 MB for each photograph.
 
 # %%
 from torch.utils.data import DataLoader
@@ -103,21 +105,23 @@ test_loader = DataLoader(test_set, **options)
 # %% [markdown]
 # ## Before training
 #
-# `get_model` builds a model by its name, here `maskrcnn_resnet50_fpn(weights="DEFAULT", …)`. COCO's
-# class 1 is "person", and so is ours. So we can ask the model before we train it, as in notebook 02.
-# Three validation images, with what it detects at a score of at least 0.5:
+# `get_model` builds a model by its name, here `maskrcnn_resnet50_fpn(weights="DEFAULT", …)`. Its class
+# 1 is "person", and so is ours. So we can ask it before we train it, as in notebook 02. Three validation
+# images, with the detections that score at least 0.5:
 
 # %%
 import matplotlib.pyplot as plt
-from torchvision.models import get_model
+from torchvision.models import get_model, get_model_weights
 
 from tutorial_lib.engine import predict
 from tutorial_lib.visualization import show
 
 sizes = {"min_size": MIN_SIZE, "max_size": MAX_SIZE}
 pretrained = get_model(MODEL, weights=WEIGHTS, **sizes).to(device)
+names = get_model_weights(MODEL)[WEIGHTS].meta["categories"]
 images = [val_set[i][0] for i in range(3)]
-show(images, predict(pretrained, images, device, score_threshold=0.5))
+zero_shot = predict(pretrained, images, device, score_threshold=0.5)
+show(images, zero_shot, categories=names)
 plt.show()
 
 # %% [markdown]
@@ -142,9 +146,9 @@ heads.mask_predictor = MaskRCNNPredictor(in_channels, 256, NUM_CLASSES)
 print(*dict(heads.mask_predictor.named_children()))
 
 # %% [markdown]
-# Of these layers, only the last depends on the number of classes. The first, a transposed convolution,
+# Only the last of these layers depends on the number of classes. The first, a transposed convolution,
 # doubles 14 × 14 to 28 × 28, and has learned about outlines. The library keeps it, and replaces only
-# the last layer:
+# the last:
 
 # %% tags=["copy-me"]
 # tutorial_lib/models.py
@@ -160,14 +164,13 @@ def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
 
 
 # %% [markdown]
-# Do not forget this predictor. As long as every label is below the old number of classes, training runs
-# without an error, and your class 1 starts from the masks of the old class 1. A larger label stops it
-# with an `IndexError`.
+# Do not forget this predictor. As long as every label is below the old number of classes, there is no
+# error: your class 1 starts from the masks of the old class 1. A larger label is an `IndexError`.
 #
 # ## Mixed precision, where it does no harm
 #
-# GPUs since Ampere compute faster in bfloat16 than in float32. So do some CPUs, those with AVX-512 BF16
-# or AMX. But a bfloat16 number has only 8 significant bits, too few for the corner of a box:
+# GPUs since Ampere compute faster in bfloat16 than in float32, and so do CPUs with AVX-512 BF16 or AMX. But
+# a bfloat16 number has only 8 significant bits, too few for the corner of a box:
 
 # %%
 import torch
@@ -175,10 +178,10 @@ import torch
 print(torch.tensor([333.0, 701.0, 755.0]).to(torch.bfloat16).tolist())
 
 # %% [markdown]
-# So the library's `use_bfloat16` changes only the backbone and the heads, which do nearly all of the
-# arithmetic. Boxes and losses stay in float32. On a device that is not faster in bfloat16 it does nothing.
+# So the library's `use_bfloat16` changes only the backbone and the heads, where nearly all of the
+# arithmetic is. Where bfloat16 is not faster it changes nothing.
 #
-# One function builds the model, because we need the same model again when we load a file. A state dict
+# One function builds the model, because a saved file has to be loaded into the same model. Its state dict
 # does not hold everything: torchvision sets some constants, such as BatchNorm's `eps`, by the weights
 # that you ask for.
 
@@ -202,18 +205,18 @@ new = [n for n, p in model.named_parameters() if not torch.equal(p, old[n])]
 print("new:", *new, sep="\n  ")
 
 # %% [markdown]
-# These layers are random now. The same images again, with the ten detections of the highest score:
+# These layers are random now, whatever the scores say. The same images, with ten detections each:
 
 # %%
-found = predict(model, images, device, score_threshold=0.05)
-show(images, [{name: value[:10] for name, value in p.items()} for p in found])
+untrained = predict(model, images, device, score_threshold=0.05)
+show(images, [{k: v[:10] for k, v in prediction.items()} for prediction in untrained])
 plt.show()
 
 # %% [markdown]
 # ## Train, and keep the best epoch
 #
-# The optimizer and the learning rate are as in notebook 02. The rate rises during the first epoch, and
-# then falls along a half cosine:
+# Optimizer and learning rate are as in notebook 02. The rate rises during the first epoch, and then
+# falls along a half cosine:
 
 # %%
 from tutorial_lib.engine import warmup_cosine
@@ -224,24 +227,24 @@ steps = len(train_loader)
 schedule = warmup_cosine(optimizer, warmup_steps=steps, total_steps=EPOCHS * steps)
 
 # %% [markdown]
-# After each epoch the validation images give a loss, a box AP and a mask AP. Two files are written:
+# After each epoch the validation images give a loss, a box AP and a mask AP. (torchvision's models give
+# losses only in training mode. `validation_loss` uses that mode, and changes nothing in the model.) Two
+# files are written: `last.pt` after every epoch, with all that is needed to go on, and `best.pt`, the
+# model, when the mask AP is the best so far.
 #
-# - `last.pt` after every epoch, with all that is needed to go on;
-# - `best.pt` when the validation mask AP is the best so far, with the model.
+# **Interrupted?** Set `RUN` to the folder that the training cell printed, and run the notebook from the
+# top in a new kernel. The cell finds `last.pt`, and goes on after the last whole epoch. The file also
+# holds the states of the random generators. So on a CPU, with the same number of threads, the weights end
+# up the same to the last bit. (A test of this project checks it.)
 #
-# **Interrupted?** Set `RUN` to the folder that the next cell printed, restart the kernel, and run the
-# notebook from the top. The loop finds `last.pt` and goes on after the last whole epoch. The file also
-# holds the states of the random generators. So on a CPU with the same number of threads the weights at
-# the end are the same, to the last bit, as without the interruption. A test of this project kills such
-# a run to check it.
-#
-# A folder is for one run. With other settings, the cell stops and asks for another folder.
+# A folder is for one run: with other settings, the cell asks for another.
 
 # %%
 import tempfile
 
 folder = Path(RUN or tempfile.mkdtemp(prefix="run-"))
 LAST, BEST = folder / "last.pt", folder / "best.pt"
+parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
 settings = [MODEL, MIN_SIZE, MAX_SIZE, EPOCHS, BATCH_SIZE, LEARNING_RATE, SPLIT, SEED]
 
 # %% tags=["nbval-ignore-output"]
@@ -249,46 +252,31 @@ from tutorial_lib.checkpoint import resume, save_checkpoint
 from tutorial_lib.engine import evaluate, train_one_epoch, validation_loss
 
 history, best_epoch, start = [], 0, 1
-if LAST.exists():  # a run that was interrupted: go on
-    state = resume(LAST, model=model, optimizer=optimizer, lr_scheduler=schedule)
-    assert state["settings"] == settings, f"{folder} has other settings: change RUN"
-    history, best_epoch, start = (
-        state["history"],
-        state["best_epoch"],
-        state["epoch"] + 1,
-    )
+if LAST.exists():  # an interrupted run goes on after its last whole epoch
+    state = resume(LAST, **parts)
+    assert state["settings"] == settings, "other settings need another RUN"
+    history, best_epoch = state["history"], state["best_epoch"]
+    start = len(history) + 1
 print(f"epochs {start} to {EPOCHS}, in {folder}")
 
 for epoch in range(start, EPOCHS + 1):
-    losses = train_one_epoch(
-        model, optimizer, train_loader, device, lr_scheduler=schedule
-    )
-    row = {
-        "loss": losses["loss"],
-        "val_loss": validation_loss(model, val_loader, device),
-    }
+    loss = train_one_epoch(**parts, data_loader=train_loader, device=device)["loss"]
+    row = {"loss": loss, "val_loss": validation_loss(model, val_loader, device)}
     val = evaluate(model, val_loader, device)
     history.append({**row, "box AP": val.box.AP, "mask AP": val.mask.AP})
     if not best_epoch or val.mask.AP > history[best_epoch - 1]["mask AP"]:
         best_epoch = epoch
         save_checkpoint(BEST, model=model, epoch=epoch)
-    kept = {
-        "epoch": epoch,
-        "history": history,
-        "best_epoch": best_epoch,
-        "settings": settings,
-    }
-    save_checkpoint(
-        LAST, model=model, optimizer=optimizer, lr_scheduler=schedule, **kept
-    )
-    numbers = "  ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
-    print(f"epoch {epoch:2}/{EPOCHS}  {numbers}{'  best' * (epoch == best_epoch)}")
+    state = {"history": history, "best_epoch": best_epoch, "settings": settings}
+    save_checkpoint(LAST, **parts, **state)
+    numbers = (f"{name} {value:.3f}" for name, value in history[-1].items())
+    print(f"epoch {epoch:2}", *numbers, sep="  ")
 
 # %% [markdown]
 # ## Look at the masks
 #
-# The best epoch goes from its file into a *new* model. A file is good if it gives again what the model
-# gave in training:
+# The best epoch goes from its file into a *new* model. On the validation images it must have the same AP
+# as in training:
 
 # %%
 from tutorial_lib.checkpoint import load_checkpoint
@@ -303,8 +291,8 @@ show(images, predict(best, images, device, score_threshold=0.5))
 plt.show()
 
 # %% [markdown]
-# `load_checkpoint` reads with `weights_only=True`, which blocks pickled code. Still, load only files
-# that you trust.
+# `load_checkpoint` reads with `weights_only=True`, which blocks pickled code. Even so, load only files that
+# you trust.
 #
 # ## The curves
 
@@ -312,20 +300,21 @@ plt.show()
 from tutorial_lib.visualization import plot_history
 
 curves = {name: [row[name] for row in history] for name in history[0]}
-losses = {"training": curves["loss"], "validation": curves["val_loss"]}
-aps = {"box": curves["box AP"], "mask": curves["mask AP"]}
-plot_history([losses, aps], ["loss", "AP on validation"], best=best_epoch)
+loss_curves = {"training": curves["loss"], "validation": curves["val_loss"]}
+ap_curves = {"box": curves["box AP"], "mask": curves["mask AP"]}
+labels = ["loss", "AP on validation"]
+plot_history([loss_curves, ap_curves], labels, best=best_epoch)
 plt.show()
 
 # %% [markdown]
-# If the training loss goes on falling and the validation loss rises, the model has begun to learn the
-# training images by heart. AP and validation loss need not turn at the same epoch. AP asks whether
-# boxes fit and are ranked well, the loss how sure the model is.
+# When the training loss falls and the validation loss rises, the model learns the training images by
+# heart. AP and validation loss need not turn together. AP asks whether boxes fit and are ranked well. The
+# loss also asks how sure the model is.
 #
 # ## Where it fails
 #
-# Of every person, take the detection whose mask overlaps best. Which image has the lowest overlaps, on
-# average? Mask AP is computed from the same IoU.
+# For every person, take the detection whose mask overlaps best. Which image has the lowest mean overlap?
+# (Mask AP uses the same IoU.)
 
 
 # %%
@@ -341,68 +330,61 @@ def mean_mask_iou(target, prediction):
 
 # %%
 samples = [val_set[i] for i in range(len(val_set))]
-found = [predict(best, [image], device)[0] for image, _ in samples]
-overlaps = [mean_mask_iou(t, p) for (_, t), p in zip(samples, found, strict=True)]
+predictions = [predict(best, [image], device)[0] for image, _ in samples]
+pairs = zip(samples, predictions, strict=True)
+overlaps = [mean_mask_iou(target, prediction) for (_, target), prediction in pairs]
 worst = overlaps.index(min(overlaps))
 image, target = samples[worst]
 titles = ["target", "prediction"]
-show([image] * 2, [target, found[worst]], titles, columns=2, cell=(5.5, 4))
+show([image] * 2, [target, predictions[worst]], titles, columns=2, cell=(5.5, 4))
 plt.show()
 
 # %% [markdown]
 # ## The test images, once
 #
-# No test image has been looked at so far. Now three models meet them: the pre-trained one, the best epoch
-# and the last epoch. Nothing is chosen by this table. The interval says how far mask AP would move with
-# other test images of the same kind (a bootstrap, notebook [06](06_evaluating_detections.ipynb)):
+# No test image has been looked at so far. Now three models are measured on them: the pre-trained one, the
+# best epoch and the last. Nothing is chosen here. The interval says how far mask AP would move with other images of the
+# same kind (a bootstrap, notebook [06](06_evaluating_detections.ipynb)):
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.coco_eval import bootstrap_interval
 
 models = {"zero-shot": pretrained, f"epoch {best_epoch}, best on validation": best}
 models[f"epoch {EPOCHS}, the last"] = model
+results = {name: evaluate(each, test_loader, device) for name, each in models.items()}
+
 print(made_with)
 print(f"{'':30}{'box AP':>8}{'mask AP':>9}   95 % of mask AP")
-for name, tested in models.items():
-    results = evaluate(tested, test_loader, device)
-    low, high = bootstrap_interval(results.mask)
-    print(
-        f"{name:30}{results.box.AP:8.3f}{results.mask.AP:9.3f}   {low:.3f} to {high:.3f}"
-    )
-    if tested is best:
-        finetuned = results
-print(f"{'torchvision, see below':30}{0.828:8.3f}{0.768:9.3f}")
+for name, (box, mask) in [(n, (r.box, r.mask)) for n, r in results.items()]:
+    low, high = bootstrap_interval(mask)
+    print(f"{name:30}{box.AP:8.3f}{mask.AP:9.3f}   {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# Expect the test AP to be lower than validation AP. The epoch is the best of many on the validation
-# photographs, and these are easier. None of their 50 people is small (a mask under 32² pixels), but 8 of
-# the 133 test people are. And 40 of the 50 test photographs have a neighbour in file order among the
-# training photographs, perhaps of the same scene. In streets of its own, the model will do worse.
+# On the photographs, expect a lower AP than on validation. The epoch was chosen on the validation
+# photographs, and these are easier: none of their 50 people is small (a mask under 32² pixels), and 8 of
+# the 133 test people are. Also, 40 of the 50 test photographs have a training photograph as a neighbour in
+# file order, perhaps of the same scene. On other streets the model may do worse.
 #
-# The last row is from torchvision's tutorial, as
+# torchvision's own tutorial has box AP .828 and mask AP .768, as
 # [stored at commit e17510c](https://github.com/pytorch/vision/blob/e17510c0686f74b34511425076ece59a95b4ebe4/tutorials/torchvision_finetuning_instance_segmentation.ipynb).
-# Its output breaks off in the sixth of ten epochs; this is the fifth. At `full` the model and its weights
-# are the same. All this is not:
+# (Its output breaks off in the sixth of ten epochs; this is the fifth.) At `full` the model and its weights
+# are the same. All this differs:
 #
-# | | here | there |
-# |---|---|---|
-# | test photographs | 50 with 133 people | 50 with 119 people, one of them small; 15 are the same |
-# | boxes | as wide as the mask | one pixel short at the right and at the bottom |
-# | training | 100 photographs, 20 for validation | 120 photographs |
-# | epoch | chosen on validation | each is measured on the test photographs |
-# | augmentation | flips and colours | flips |
-# | optimizer | AdamW, warm-up and cosine | SGD at 0.005, a tenth after every 3 epochs |
-# | mask predictor | last layer new | new as a whole |
-# | precision | bfloat16 where it is faster | float32 |
+# - **Test photographs:** theirs are 50 too, but only 15 are the same. They show 119 people, one of them small.
+# - **Boxes:** theirs end a pixel too early, at the right and at the bottom.
+# - **Training photographs:** theirs are 120. Ours are 100, and 20 for validation.
+# - **Epoch:** they measure each one on the test photographs.
+# - **Training:** SGD at 0.005, a tenth of it after every three epochs, in float32. Flips, but no colours. A
+#   whole new mask predictor.
 
 # %% tags=["results", "nbval-ignore-output"]
+finetuned = results[f"epoch {best_epoch}, best on validation"]
 {"box_AP": round(finetuned.box.AP, 4), "mask_AP": round(finetuned.mask.AP, 4)}
 
 # %% [markdown]
 # ## A picture of your own
 #
-# Put a photograph beside this notebook, write its name here, and run the cell. Until then it
-# takes a validation image.
+# Put a photograph beside this notebook, and write its name here. Until then you see a validation image.
 
 # %%
 from torchvision.transforms.v2.functional import to_dtype
@@ -420,24 +402,21 @@ plt.show()
 # ## The whole program
 #
 # This cell needs PyTorch, torchvision and tqdm, and nothing of ours. Save it as a file beside the folder
-# `PennFudanPed`, and run it. Without that folder, as here, it only defines `main`. To keep it short, it
-# chooses the epoch by the validation loss and not by AP, has no test images, and cannot be resumed.
+# `PennFudanPed`, and run it. Without that folder it only defines `main`. It is short: the epoch is chosen
+# by the validation loss, and there are no test images and no `last.pt`.
 
 # %% tags=["copy-me"]
 # Copy me: runs alone
-import math
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import tv_tensors
+from torchvision import ops, tv_tensors, utils
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
-from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 NUM_CLASSES = 2  # your classes and the background
@@ -446,10 +425,9 @@ NUM_CLASSES = 2  # your classes and the background
 class Pedestrians(Dataset):
     def __init__(self, root, train):
         self.paths = sorted(Path(root, "PNGImages").glob("*.png"))
-        steps = [v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
-        self.transforms = v2.Compose(
-            [v2.RandomHorizontalFlip(), *steps] if train else steps
-        )
+        flip = [v2.RandomHorizontalFlip()] if train else []
+        convert = [v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+        self.transforms = v2.Compose(flip + convert)
 
     def __len__(self):
         return len(self.paths)
@@ -461,15 +439,11 @@ class Pedestrians(Dataset):
         mask = v2.functional.pil_to_tensor(Image.open(mask_path))
         ids = mask.unique()  # 0 is the background, k the pixels of person k
         masks = (mask == ids[ids > 0][:, None, None]).to(torch.uint8)
-        boxes = masks_to_boxes(masks)
+        image, masks = self.transforms(image, tv_tensors.Mask(masks))
+        boxes = ops.masks_to_boxes(masks)
         boxes[:, 2:] += 1  # masks_to_boxes gives the last pixel, not the edge after it
-        size = mask.shape[-2:]
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.ones(len(masks), dtype=torch.int64),
-            "masks": tv_tensors.Mask(masks),
-        }
-        return self.transforms(image, target)
+        labels = torch.ones(len(masks), dtype=torch.int64)
+        return image, {"boxes": boxes, "labels": labels, "masks": masks}
 
 
 def get_mask_rcnn():
@@ -482,6 +456,10 @@ def get_mask_rcnn():
     return model
 
 
+def collate(batch):
+    return tuple(zip(*batch, strict=True))
+
+
 def loss_of(model, images, targets, device):
     images = [image.to(device) for image in images]
     targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
@@ -489,64 +467,51 @@ def loss_of(model, images, targets, device):
 
 
 @torch.no_grad()
-def mean_loss(model, loader, device):
+def mean_loss(model, dataset, device):
     model.train()  # the mode that gives losses; this model's BatchNorm is frozen
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)  # the same random proposals each time
-        return sum(loss_of(model, *batch, device).item() for batch in loader) / len(
-            loader
-        )
+        losses = [loss_of(model, *collate([pair]), device).item() for pair in dataset]
+    return sum(losses) / len(losses)
 
 
 def main(root, epochs=10, batch_size=2, learning_rate=1e-4):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    train_set, val_set = Pedestrians(root, train=True), Pedestrians(root, train=False)
-    order = torch.randperm(len(train_set)).tolist()
-    held_out = max(1, len(order) // 5)
-    train_set, val_set = (
-        Subset(train_set, order[held_out:]),
-        Subset(val_set, order[:held_out]),
-    )
-    collate = {"collate_fn": lambda batch: tuple(zip(*batch, strict=True))}
-    train_loader = DataLoader(train_set, batch_size, shuffle=True, **collate)
-    val_loader = DataLoader(val_set, **collate)
-
+    order = torch.randperm(len(Pedestrians(root, train=False))).tolist()
+    train_set = Subset(Pedestrians(root, train=True), order[len(order) // 5 :])
+    val_set = Subset(Pedestrians(root, train=False), order[: len(order) // 5])
+    train_loader = DataLoader(train_set, batch_size, shuffle=True, collate_fn=collate)
     model = get_mask_rcnn().to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    warmup, total = len(train_loader), epochs * len(train_loader)
-
-    def factor(step):  # up during the first epoch, then down along a cosine
-        return min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    best = math.inf
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
+    steps, best = len(train_loader), float("inf")
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # up in the first epoch, then down
+        optimizer, lambda i: min((i + 1) / steps, 1 - i / (epochs * steps))
+    )
     for epoch in range(1, epochs + 1):
         model.train()
         for images, targets in tqdm(train_loader, f"epoch {epoch}/{epochs}"):
             loss = loss_of(model, images, targets, device)
-            if not loss.isfinite():
-                raise FloatingPointError(
-                    "lower the learning rate, or look at the boxes"
-                )
+            assert loss.isfinite(), "lower the learning rate, or look at the boxes"
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        val_loss = mean_loss(model, val_loader, device)
+        val_loss = mean_loss(model, val_set, device)
         print(f"epoch {epoch}/{epochs}  validation loss {val_loss:.3f}")
         if val_loss < best:
             best = val_loss
             torch.save(model.state_dict(), "best.pt")
 
-    model = get_mask_rcnn().to(device).eval()
+    model = get_mask_rcnn().to(device).eval().requires_grad_(False)
     model.load_state_dict(torch.load("best.pt", map_location=device, weights_only=True))
-    image = val_set[0][0]
-    with torch.inference_mode():
-        (found,) = model([image.to(device)])
+    image, _ = val_set[0]
+    (found,) = model([image.to(device)])
     masks = found["masks"][found["scores"] >= 0.5, 0].cpu() > 0.5
-    v2.functional.to_pil_image(draw_segmentation_masks(image, masks)).save("masks.png")
+    masks &= masks.cumsum(0) == 1  # each pixel to the best mask that has it
+    colors = ["red", "lime", "blue", "yellow", "magenta", "cyan"] * len(masks)
+    picture = utils.draw_segmentation_masks(image, masks, 0.5, colors)
+    utils.save_image(picture, "masks.png")
 
 
 if __name__ == "__main__" and Path("PennFudanPed").is_dir():
@@ -556,39 +521,34 @@ if __name__ == "__main__" and Path("PennFudanPed").is_dir():
 # ## Recap
 #
 # - **Replace** both predictors, and see which parameters are new.
-# - **Save** after every epoch, so that an interruption costs one epoch.
-# - **Choose** the epoch on the validation images, and look at the masks.
-# - **Load** what you saved into a new model before you trust it.
-# - **Measure** on the test images once, and say all that differs when you compare.
+# - **Save** after every epoch, so that an interruption costs one at most.
+# - **Choose** the epoch on validation images, and look at the masks.
+# - **Load** what you saved before you trust it.
+# - **Measure** on the test images once. When you compare, say all that differs.
 
 # %% [markdown]
 # ## On your own
 #
 # 1. Show one image at the score thresholds 0.1, 0.5 and 0.9. What does each gain and lose?
 #    <details><summary>Hint</summary><code>predict</code> takes <code>score_threshold</code>.</details>
-#    <details><summary>Solution</summary><code>at = [predict(best, images[:1], device, t)[0] for t in (0.1, 0.5, 0.9)]</code>, then <code>show([images[0]] * 3, at)</code>. A low threshold misses fewer people and has more false positives.</details>
-# 2. Interrupt the training in its third epoch, and let it go on. Then do it without `RUN`.
+#    <details><summary>Solution</summary><code>at = [predict(best, images[:1], device, t)[0] for t in (0.1, 0.5, 0.9)]</code>, then <code>show(images[:1] * 3, at)</code></details>
+# 2. Interrupt the training in its third epoch, and go on.
 #    <details><summary>Hint</summary>The training cell prints the folder, also of a temporary one.</details>
 # 3. Double `MIN_SIZE` and `MAX_SIZE`. What do mask AP and the time of an epoch do?
-#    <details><summary>Hint</summary>In the settings cell, below the preset's: <code>MIN_SIZE = tuple(2 * s for s in MIN_SIZE)</code>. It is another run, so it needs another folder.</details>
+#    <details><summary>Hint</summary>In the settings cell: <code>MIN_SIZE = tuple(2 * size for size in MIN_SIZE)</code>.</details>
 
 # %% [markdown]
 # ## In practice
 #
 # - This is one seed, and few test images. Notebook 06 measures the spread over seeds.
-# - bfloat16 needs no loss scaling. GPUs before Ampere have only float16, which does need it
-#   (`torch.amp.GradScaler`). On those the notebook runs in float32.
-# - A mask is predicted as 28 × 28 and stretched to its box. In a large box, thin parts such as a stick are
-#   missing, whatever the training.
-# - `tutorial_lib/train.py` is this run as a script, for one GPU or several. PyTorch's launcher starts one
-#   process for each. Two processes make half as many steps, each on twice the images, so the numbers
-#   are not those of one process:
+# - bfloat16 needs no loss scaling. The float16 of older GPUs does (`torch.amp.GradScaler`).
+# - `tutorial_lib/train.py` is this run as a script, with a process for each GPU. Two processes make half as
+#   many steps on twice the images, so their numbers are not those of one:
 #   `python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/two`
 #
 # ## Further reading
 #
 # - [Mask R-CNN](https://arxiv.org/abs/1703.06870).
 # - [torchvision's reference scripts for detection](https://github.com/pytorch/vision/tree/main/references/detection).
-# - [Automatic mixed precision in PyTorch](https://docs.pytorch.org/docs/stable/amp.html).
 #
 # **Next:** [06, evaluate detections](06_evaluating_detections.ipynb), to know what these numbers forgive.

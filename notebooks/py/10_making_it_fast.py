@@ -15,26 +15,19 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/10_making_it_fast.ipynb)
 #
-# You start from the loop that most tutorials use, see where its time goes, and change one thing after
-# the other until you arrive at the library's loop.
+# You start from the loop that most tutorials use, see where its time goes, and change one thing after the other.
+# The table below says what that gained on a CPU.
 
 # %% [markdown]
 # ## What you'll do
 #
-# - put a clock on each part of the classic loop;
-# - look into one training step with PyTorch's profiler;
-# - compute RoIAlign in another way, decode images once, leave out padding, choose the number of threads, compute
-#   in bfloat16, and measure what each is worth;
-# - predict only the masks that somebody looks at;
-# - add it all up, beside a table that was measured with more patience.
+# - time each part of the classic loop, and look into one step with PyTorch's profiler;
+# - compute RoIAlign in another way, decode images once, and leave out padding;
+# - choose the number of threads, and compute in bfloat16;
+# - predict only the masks that somebody looks at.
 #
-# **You need** notebook [04](04_penn_fudan_mask_rcnn.ipynb), whose loop this one explains.
-#
-# | preset | measures | time |
-# |---|---|---|
-# | `quick` | `maskrcnn_mini_fpn` on synthetic images | 49 s on one CPU core |
-# | `laptop` | the same on photographs | 1.2 min on two CPU cores |
-# | `full` | `maskrcnn_resnet50_fpn` on photographs | a GPU; without one, smaller images (not measured yet) |
+# **You need** notebook [04](04_penn_fudan_mask_rcnn.ipynb), whose loop this one explains. On one CPU core it
+# takes about a minute at `quick` and at `laptop`. `full` is made for a GPU (not measured yet).
 
 # %% [markdown]
 # ## Set-up
@@ -51,39 +44,78 @@ if importlib.util.find_spec("tutorial_lib") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
-# The preset, as in notebook 01. Times differ from machine to machine, and from minute to minute on a machine
-# that does other things too; what counts are ratios of times that were taken side by side.
+# The next cell turns the preset into plain constants. `full` takes torchvision's Mask R-CNN with a ResNet-50.
+# `quick` and `laptop` take a small model with the same parts. `quick` has synthetic images instead of the
+# photographs. `BATCHES` is what we measure on.
 
 # %% tags=["nbval-ignore-output"]
 import os
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler talks about itself otherwise
-import torch
-
 from tutorial_lib.engine import pick_device
-from tutorial_lib.presets import (
-    choose_preset,
-    fetch_weights,
-    prepare_data,
-    provenance,
-)
+from tutorial_lib.presets import choose_preset, fetch_weights, prepare_data, provenance
 
 preset = choose_preset()
-SEED = 0
-BATCHES = 4  # to measure on
-device = pick_device()
-root = prepare_data(preset)
-fetch_weights(preset.mask_rcnn, preset.weights)
+MODEL, WEIGHTS = preset.mask_rcnn, preset.weights
+MIN_SIZES, MAX_SIZE = preset.min_size, preset.max_size
+BATCH_SIZE, SPLIT, SEED, BATCHES = preset.batch_size, preset.split, 0, 4
+
+device, root = pick_device(), prepare_data(preset)
+fetch_weights(MODEL, WEIGHTS)
 print(provenance(preset, device))
+print(f"{MODEL = }\n{WEIGHTS = }\n{MIN_SIZES = }\n{MAX_SIZE = }")
+print(f"{BATCH_SIZE = }\n{SPLIT = }\n{SEED = }\n{BATCHES = }")
 
 # %% [markdown]
+# ## What it gains
+#
+# The library holds what `python -m tools.benchmarks.speed` measured in a clone: the small model on photographs,
+# without bfloat16. Both ways were timed in turn, so that whatever else the machine does disturbs both. Epochs,
+# trainings and the evaluator of 1000 images were timed only once or twice.
+
+# %%
+import json
+from importlib.resources import files
+
+results = files("tutorial_lib") / "results"
+rows = {row["work"]: row for row in json.loads((results / "speed.json").read_text())["rows"]}
+names = {
+    "sample_from_cache": "an image, kept in memory",
+    "train_step_cpu": "a training step",
+    "inference_cpu": "an image's masks over 0.5",
+    "epoch_cpu": "an epoch and its evaluation",
+    "training_cpu": "2 epochs; ours in 2 processes",
+    "evaluator_1000": "evaluator, 1000 images",
+}
+print(f"{'seconds':31}{'classic':>9}{'ours':>9}{'ratio':>8}")
+for work, name in names.items():
+    print(f"{name:31}{rows[work]['classic']:9.3g}{rows[work]['ours']:9.3g}{rows[work]['ratio']:8.2f}")
+one = rows["train_step_cpu"]
+print(f"\n{one['device']}, {one['threads']} threads, torch {one['torch']}, {one['date']}")
+
+# %% [markdown]
+# (The evaluator had 100 detections an image. On a GPU nothing has been measured yet.)
+#
+# Times differ from machine to machine, and from minute to minute on a machine that does other things too. So look at
+# ratios of times that were taken side by side.
+#
 # ## The classic loop, with clocks
 #
-# Float32, SGD, images decoded from disk whenever they are asked for, torchvision's RoIAlign, and every loss read after every
-# step. A GPU works on while Python goes ahead, so a clock has to wait for it:
+# The classic loop has float32, SGD and torchvision's RoIAlign. It decodes images from disk whenever they are asked
+# for, and reads every loss after every step. A GPU works on while Python goes ahead, so a clock has to wait for it.
 
 # %%
 import time
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from torchvision.models import get_model
+from torchvision.ops import MultiScaleRoIAlign
+
+from tutorial_lib.data import collate_fn, split_dataset
+from tutorial_lib.models import replace_predictors
+from tutorial_lib.penn_fudan import PennFudanDataset
+from tutorial_lib.transforms import get_transform
 
 
 def now():
@@ -92,36 +124,26 @@ def now():
     return time.perf_counter()
 
 
-# %%
-from torch.utils.data import DataLoader, Subset
-from torchvision.models import get_model
-from torchvision.ops import MultiScaleRoIAlign
-
-from tutorial_lib.data import collate_fn, split_dataset
-from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
-from tutorial_lib.penn_fudan import PennFudanDataset
-from tutorial_lib.transforms import get_transform
-
 from_disk = PennFudanDataset(root, get_transform(train=True))
-train_set, _, _ = split_dataset(from_disk, preset.split, SEED)
-few = Subset(train_set, range(BATCHES * preset.batch_size))
-loader = DataLoader(few, preset.batch_size, collate_fn=collate_fn)
+train_set, _, _ = split_dataset(from_disk, SPLIT, SEED, block=10)
+few = Subset(train_set, range(BATCHES * BATCH_SIZE))
+loader = DataLoader(few, BATCH_SIZE, collate_fn=collate_fn)
 
+# %% [markdown]
+# torchvision's builders take another RoIAlign as `box_roi_pool` and `mask_roi_pool`:
 
+# %%
 LEVELS = ["0", "1", "2", "3"]  # of the FPN
 
 
 def build_model(roi_align):
     torch.manual_seed(SEED)
-    model = get_model(
-        preset.mask_rcnn,
-        weights=preset.weights,
-        min_size=preset.min_size[-1],
-        max_size=preset.max_size,
-        box_roi_pool=roi_align(LEVELS, output_size=7, sampling_ratio=2),
-        mask_roi_pool=roi_align(LEVELS, output_size=14, sampling_ratio=2),
-    )
-    return replace_mask_predictor(replace_box_predictor(model, 2), 2).to(device)
+    pools = {
+        "box_roi_pool": roi_align(LEVELS, output_size=7, sampling_ratio=2),
+        "mask_roi_pool": roi_align(LEVELS, output_size=14, sampling_ratio=2),
+    }
+    model = get_model(MODEL, weights=WEIGHTS, min_size=MIN_SIZES[-1], max_size=MAX_SIZE, **pools)
+    return replace_predictors(model, 2).to(device).train()
 
 
 # %% [markdown]
@@ -132,7 +154,7 @@ from itertools import pairwise
 
 from tutorial_lib.engine import to_device
 
-model = build_model(MultiScaleRoIAlign).train()
+model = build_model(MultiScaleRoIAlign)
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 seconds = {"data": 0.0, "forward": 0.0, "backward": 0.0, "update": 0.0}
 sum(model(*to_device(*next(iter(loader)), device)).values()).backward()  # slow once
@@ -147,37 +169,39 @@ for images, targets in loader:
     derived = now()
     optimizer.step()
     logged = {name: value.item() for name, value in losses.items()}
-    ended = now()
-    times = (begun, decoded, computed, derived, ended)
+    times = (begun, decoded, computed, derived, now())
     for name, (start, end) in zip(seconds, pairwise(times), strict=True):
         seconds[name] += end - start
-    begun = ended
+    begun = times[-1]
 
 # %%
 import matplotlib.pyplot as plt
 
-figure, axes = plt.subplots(figsize=(6, 2), layout="constrained")
-axes.barh(list(seconds), [value / BATCHES for value in seconds.values()])
-axes.set(xlabel="seconds a step, on average")
-axes.invert_yaxis()
-plt.show()
-assert seconds["forward"] + seconds["backward"] > seconds["update"] + seconds["data"]
+
+def bars(values, label, fmt="%.0f"):
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    axes.bar_label(axes.barh(list(values), list(values.values())), fmt=fmt, padding=3)
+    axes.set(xlabel=label)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    plt.show()
+
+
+bars({k: 1e3 * v / BATCHES for k, v in seconds.items()}, "milliseconds a step, on average")
 
 # %% [markdown]
-# Forward and backward are where the time is. What a gain elsewhere is worth can be read here before anything
-# is changed: if data are a tenth of a step, no trick with data can save more than a tenth.
+# Forward and backward take most of the time. The plot also says what a gain elsewhere can be worth: if data are a
+# tenth of a step, no trick with data saves more than a tenth.
 #
 # ## Inside a step
 #
-# PyTorch's profiler counts the time of every operation. *Self* time leaves out the operations that one calls:
+# PyTorch's profiler counts the time of every operation. *Self* time leaves out the operations that it calls:
 
 # %%
 from torch.profiler import ProfilerActivity, profile
 
 batch = next(iter(loader))
-activities = [ProfilerActivity.CPU]
-if device.type == "cuda":
-    activities.append(ProfilerActivity.CUDA)
+activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
 
 
 def step(model, optimizer, batch):
@@ -193,41 +217,28 @@ with profile(activities=activities) as profiler:
     step(model, optimizer, batch)
 
 # %%
-events = [  # of operations; on a GPU their kernels are listed, too
-    event
-    for event in profiler.key_averages()
-    if event.device_type == torch.autograd.DeviceType.CPU
-]
 kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-largest = sorted(events, key=lambda event: -getattr(event, kind))[:8]
-figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
-axes.barh(
-    [event.key[:45] for event in largest],
-    [getattr(event, kind) / 1e3 for event in largest],
-)
-axes.set(xlabel="milliseconds of one step")
-axes.invert_yaxis()
-plt.show()
+on_cpu = torch.autograd.DeviceType.CPU  # of operations; on a GPU their kernels are listed, too
+events = [event for event in profiler.key_averages() if event.device_type == on_cpu]
+events.sort(key=lambda event: -getattr(event, kind))
+bars({event.key[:45]: getattr(event, kind) / 1e3 for event in events[:8]}, "milliseconds of one step")
 
 # %% [markdown]
-# Names that end in `_backward` belong to the backward pass. On a CPU convolutions and their gradients are the most of it.
-# Processors have special instructions for them, so there is little to win but by computing less. But then comes RoIAlign's gradient:
-
-# %%
-names = [event.key for event in largest]
-if device.type == "cpu":
-    assert any("conv" in name for name in names)
-    assert any("roi_align_backward" in name for name in names)
-
-# %% [markdown]
+# Names that end in `_backward` belong to the backward pass. On a CPU, convolutions and their gradients are the
+# most of it. Processors have special instructions for them, so the way to save there is to compute less. Then
+# comes RoIAlign's gradient.
+#
 # ## RoIAlign: sums of weighted rows of a table
 #
-# RoIAlign (notebook 03) cuts 7 × 7 values out of a feature map for each box. Every value is a mean of four samples, and
-# every sample lies between four pixels, so it is a weighted mean of 16 pixels, in each channel with the same weights. On a CPU
-# torchvision's gradient goes through these numbers one by one, with one thread. Language models need such sums, too, of rows
-# of a table of words, and PyTorch has a fast function for them, `torch.nn.functional.embedding_bag`. This project's `EmbeddingBagRoIAlign` takes a feature map
-# as a table with a row for each pixel, and is otherwise torchvision's `MultiScaleRoIAlign`. (On a GPU it *is* torchvision's, which has
-# a kernel of its own there.) Features and boxes to compare the two on:
+# RoIAlign ([08](08_inside_mask_rcnn.ipynb)) cuts 7 × 7 values out of a feature map for each box. Every value is a
+# mean of four samples, and every sample is interpolated from four pixels. So a value is a weighted sum of 16
+# pixels, with the same weights in each channel. On a CPU, torchvision's gradient goes through these numbers one
+# by one, with one thread.
+#
+# Bag-of-words and recommender models need such sums too, of rows of a table, and PyTorch has a fast function for
+# them, `torch.nn.functional.embedding_bag`. This project's `EmbeddingBagRoIAlign` takes a feature map as a table
+# with a row for each pixel. Otherwise it is torchvision's `MultiScaleRoIAlign`. (On a GPU it *is* torchvision's,
+# which has a kernel of its own there.) These are features and boxes to compare the two on:
 
 # %%
 with torch.no_grad():
@@ -240,7 +251,7 @@ maps = [features[name].requires_grad_() for name in LEVELS]
 boxes = [of_image[:64] for of_image in proposals]
 
 # %% [markdown]
-# Values and gradients, and the best time of three:
+# The values and the gradients must agree. The plot has the best time of three:
 
 # %%
 from tutorial_lib.offline.roi_align import EmbeddingBagRoIAlign
@@ -255,153 +266,115 @@ for _ in range(4):
         rounds[roi_align.__name__].append(now() - begun)
         computed[roi_align.__name__] = [values, *gradients]
 torch.testing.assert_close(*computed.values(), rtol=1e-3, atol=1e-3)
-roi_times = {name: min(times[1:]) for name, times in rounds.items()}
-if device.type == "cpu":
-    assert roi_times["EmbeddingBagRoIAlign"] < roi_times["MultiScaleRoIAlign"]
-
-# %%
-figure, axes = plt.subplots(figsize=(6, 1.4), layout="constrained")
-bars = axes.barh(list(roi_times), [1e3 * value for value in roi_times.values()])
-axes.bar_label(bars, fmt="%.0f", padding=3)
-axes.set(xlabel=f"milliseconds for {sum(map(len, boxes))} boxes, with the gradient")
-axes.margins(x=0.15)
-axes.invert_yaxis()
-plt.show()
+best = {name: 1e3 * min(times[1:]) for name, times in rounds.items()}
+bars(best, "milliseconds for the boxes of a batch, with the gradient")
 
 # %% [markdown]
 # The numbers are the same up to rounding. (Two trainings that differ only in rounding still drift apart, and end with
-# other APs.) The library's small models have it built in, and other models take it as torchvision's own arguments, `box_roi_pool` and `mask_roi_pool`. From here on the model has it:
-
-# %%
-model = build_model(EmbeddingBagRoIAlign).train()
-optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-# %% [markdown]
+# other APs.) The library's small models have it built in. The models below have it, too.
+#
 # ## Data: decode once
 #
-# An image file is decompressed in every epoch. With `in_memory=True` the dataset keeps what it has decoded, as uint8, and the masks
-# that it has taken apart. Conversion to float and augmentation still happen every time, since they
-# should differ from epoch to epoch.
+# An image file is decompressed in every epoch. With `in_memory=True` the dataset keeps what it has decoded, as uint8.
+# Conversion to float and augmentation still happen every time, since they should differ from epoch to epoch.
 
 # %%
 kept = PennFudanDataset(root, get_transform(train=True), in_memory=True)
-indices = range(8)
 per_sample = {}
 for name, dataset in {"from disk": from_disk, "in memory": kept}.items():
     rounds = []
     for _ in range(4):
         torch.manual_seed(SEED)
         begun = now()
-        [dataset[index] for index in indices]
-        rounds.append((now() - begun) / len(indices))
+        [dataset[index] for index in range(8)]
+        rounds.append(1e3 * (now() - begun) / 8)
     per_sample[name] = min(rounds[1:])
-assert per_sample["in memory"] < per_sample["from disk"]
-
-# %%
-figure, axes = plt.subplots(figsize=(6, 1.4), layout="constrained")
-bars = axes.barh(list(per_sample), [1e3 * value for value in per_sample.values()])
-axes.bar_label(bars, fmt="%.1f", padding=3)
-axes.set(xlabel="milliseconds for an augmented image with its target")
-axes.margins(x=0.15)
-axes.invert_yaxis()
-plt.show()
+bars(per_sample, "milliseconds for an augmented image with its target", fmt="%.1f")
 
 # %% [markdown]
-# PennFudan's images and masks take about 1 MB each. What does not fit into memory, the `num_workers` of a `DataLoader` can decode while the model
-# computes, where there are cores to spare. Each worker has its own copy of the dataset, and what that has kept is lost when the epoch
-# ends, unless the loader has `persistent_workers=True`.
+# PennFudan's images and masks take about 1 MB each. What does not fit into memory, the `num_workers` of a
+# `DataLoader` can decode while the model computes, if there are cores to spare. Each worker has its own copy of the
+# dataset. What that has kept is lost when the epoch ends, unless the loader has `persistent_workers=True`.
 #
 # ## Padding: images of one shape in a batch
 #
-# The images of a batch become one tensor: the model scales each until its shorter side is `min_size`, and pads all of them to
-# the widest and the tallest, rounded up to a multiple of 32. It computes on the padding as on the rest. How much of the batches is that?
-# `laptop` has five `min_size`, of which every image gets a random one, which makes more of it:
+# The images of a batch become one tensor. The model scales each until its shorter side is `min_size`, or its longer
+# side `max_size` if it gets there first. Then it pads all of them to the widest and the tallest, rounded up to a
+# multiple of 32. It computes on the padding as on the rest. How much of the batches is that?
 
 # %%
 plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
-plain_train, _, _ = split_dataset(plain, preset.split, SEED)
+plain_train, _, _ = split_dataset(plain, SPLIT, SEED, block=10)
 shapes = [plain.get_height_and_width(index) for index in plain_train.indices]
 ratios = [width / height for height, width in shapes]
 
 
-def share_of_padding(sampler, min_size):
-    model.transform.min_size = min_size
+def share_of_padding(sampler, min_sizes):
+    model.transform.min_size = min_sizes
     real = whole = 0
-    for images, _ in DataLoader(
-        plain_train, batch_sampler=sampler, collate_fn=collate_fn
-    ):
-        batch, _ = model.transform([image.to(device) for image in images])
-        real += sum(height * width for height, width in batch.image_sizes)
-        whole += batch.tensors[:, 0].numel()
+    for images, _ in DataLoader(plain_train, batch_sampler=sampler, collate_fn=collate_fn):
+        padded, _ = model.transform([image.to(device) for image in images])
+        real += sum(height * width for height, width in padded.image_sizes)
+        whole += padded.tensors[:, 0].numel()
     return 1 - real / whole
 
 
 # %% [markdown]
-# The library's `AspectRatioBatchSampler` shuffles the images, cuts them into windows, sorts each window by aspect ratio, cuts it
-# into batches, and shuffles the batches. With a window for each batch nothing is sorted. With a single window there is least
-# padding, but nearly the same images meet in every epoch, and exactly the same where the batches leave no image out:
+# The library's `AspectRatioBatchSampler` shuffles the images and cuts them into windows. It sorts each window by
+# aspect ratio, cuts it into batches, and shuffles the batches. With a window for each batch nothing is sorted.
+# With a single window there is least padding, but nearly the same images meet in every epoch.
+#
+# If every image gets a random one of several `min_size`, there is more padding. So we measure both ways:
 
 # %%
 from tutorial_lib.data import AspectRatioBatchSampler
 
 torch.manual_seed(SEED)
 padding = {}
-sizes_of = {"": preset.min_size[-1:]}
-if len(preset.min_size) > 1:
-    sizes_of = {"one min_size, ": preset.min_size[-1:], "five, ": preset.min_size}
-for which, min_size in sizes_of.items():
-    for num_windows in (len(ratios) // preset.batch_size, 5, 1):
-        sampler = AspectRatioBatchSampler(ratios, preset.batch_size, num_windows)
-        share = share_of_padding(sampler, min_size)
-        padding[f"{which}{num_windows} window(s)"] = share
-model.transform.min_size = preset.min_size[-1:]
-
-# %%
-figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
-bars = axes.barh(list(padding), [100 * share for share in padding.values()])
-axes.bar_label(bars, fmt="%.0f %%", padding=3)
-axes.set(xlabel="padding, in percent of the pixels that are computed")
-axes.margins(x=0.15)
-axes.invert_yaxis()
-plt.show()
-most, *_, least = list(padding.values())[-3:]
-assert least < most
+for min_sizes in sorted({MIN_SIZES[-1:], MIN_SIZES}, key=len):
+    for num_windows in (len(ratios) // BATCH_SIZE, 5, 1):
+        sampler = AspectRatioBatchSampler(ratios, BATCH_SIZE, num_windows)
+        name = f"windows: {num_windows}, sizes: {len(min_sizes)}"
+        padding[name] = 100 * share_of_padding(sampler, min_sizes)
+model.transform.min_size = MIN_SIZES[-1:]
+bars(padding, "padding, in percent of the pixels that are computed")
 
 # %% [markdown]
-# Whether AP stays is a question for whole trainings. In a clone, `python -m tools.benchmarks.windows` asks it. It repeats
-# notebook 04's finetuning with three seeds each, on synthetic images (`quick`: 10 batches an epoch, 10 epochs) and on photographs
-# (`laptop`: 25 batches an epoch, 4 epochs), on a CPU, with torchvision's RoIAlign. The library holds what came of it:
+# Does AP stay? `python -m tools.benchmarks.windows` finetuned the small model as notebook 04 does, with three seeds
+# each and a random split. It took 4 epochs on photographs and 10 on synthetic images:
 
 # %%
-import json
 import statistics
-from importlib.resources import files
 from itertools import groupby
 
-results = files("tutorial_lib") / "results"
-rows = json.loads((results / "windows.json").read_text())["rows"]
-print(f"{'preset':8}{'windows':>8}{'box AP':>16}{'mask AP':>16}")
-for key, group in groupby(rows, lambda row: (row["preset"], row["num_windows"])):
+windows = json.loads((results / "windows.json").read_text())["rows"]
+print(f"{'images':12}{'windows':>8}{'box AP':>16}{'mask AP':>16}{'seconds':>9}")
+for (name, number), group in groupby(windows, lambda row: (row["preset"], row["num_windows"])):
     runs = list(group)
-    print(f"{key[0]:8}{key[1]:8}", end="")
-    for name in ("box_AP", "mask_AP"):
-        values = [run[name] for run in runs]
-        mean, spread = statistics.mean(values), statistics.stdev(values)
-        print(f"{mean:8.3f} ± {spread:.3f}", end="")
-    print()
+    images = {"quick": "synthetic", "laptop": "photographs"}[name]
+    print(f"{images:12}{number:8}", end="")
+    for kind in ("box_AP", "mask_AP"):
+        values = [run[kind] for run in runs]
+        print(f"{statistics.mean(values):8.3f} ± {statistics.stdev(values):.3f}", end="")
+    print(f"{statistics.mean(run['training_seconds'] for run in runs):9.0f}")
+print(f"\n{runs[0]['device']}, {runs[0]['threads']} thread, torch {runs[0]['torch']}, {runs[0]['date']}")
 
 # %% [markdown]
-# In these rows, five windows leave both APs on photographs within the spread of the seeds. On the synthetic images, a single window, so
-# the same ten batches in every epoch, costs both APs about 0.07; with five, mask AP is 0.03 lower and box AP 0.02 higher. The library's
-# default is five, and `tutorial_lib.train` uses it; notebook 04 shuffles plainly.
+# The first row of each group is plain shuffling, and ± is the standard deviation of the three seeds. On
+# photographs, five windows leave both APs within that spread, and took a sixth less time. On the synthetic
+# images, a single window costs mask AP 0.07, three times the spread; five windows cost 0.03, about as much as the
+# spread. In box AP the seeds differ too much to say. The library's default is five, and `tutorial_lib.train` uses
+# it. Notebook 04 shuffles plainly.
 #
 # ## Threads: not always more
 #
-# On a CPU, PyTorch shares each operation out among threads, one for each core. They wait for each
-# other at the end of every operation; if another program uses one of the cores, all wait for it. So
-# time a step with one thread, time it with all, and keep what is faster:
+# On a CPU, PyTorch shares each operation out among threads, one for each core. They wait for each other at the end of
+# every operation. If another program uses one of the cores, all wait for it. So time a step with one thread and with
+# all, and keep what is faster:
 
 # %% tags=["nbval-ignore-output"]
+model = build_model(EmbeddingBagRoIAlign)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 by_threads = {}
 for number in sorted({1, torch.get_num_threads()}):
     torch.set_num_threads(number)
@@ -417,132 +390,104 @@ torch.set_num_threads(min(by_threads, key=by_threads.get))
 # %% [markdown]
 # ## bfloat16, where the processor has it
 #
-# Notebook 04's `use_bfloat16` lets PyTorch compute the layers of the backbone and the heads in bfloat16. It asks first whether the
-# device is faster in it, and leaves the model as it is where not. To compare, both models take the same
-# steps, one after the other, so that whatever else the machine does disturbs both:
+# bfloat16 has the range of float32, and 8 significant bits instead of 24. CPUs with AVX-512 BF16 or AMX and GPUs
+# since NVIDIA's Ampere compute faster in it. (On those GPUs "float32" is not quite that either: convolutions use
+# TF32 by default, with 11 significant bits.) `use_bfloat16` lets the backbone and the heads compute in it, and
+# keeps boxes in float32. Where the device has no fast bfloat16, it leaves the model as it is.
+#
+# Both models take the same steps in turn. The first one is not counted:
 
 # %% tags=["nbval-ignore-output"]
-from tutorial_lib.engine import use_bfloat16
+from tutorial_lib.engine import has_fast_bfloat16, use_bfloat16
 
-fast_model = build_model(EmbeddingBagRoIAlign).train()
-changed = use_bfloat16(fast_model, device)
-models = {"float32": build_model(EmbeddingBagRoIAlign).train()}
-if changed:
-    models["bfloat16"] = fast_model
-else:
-    print("this device has no fast bfloat16")
-step_times = {name: [] for name in models}
+fast_model = build_model(EmbeddingBagRoIAlign)
+use_bfloat16(fast_model, device)
+models = {"float32": build_model(EmbeddingBagRoIAlign), "bfloat16": fast_model}
+print("this device has fast bfloat16:", has_fast_bfloat16(device))
+step_times, first_loss = {name: [] for name in models}, {}
 for _ in range(5):
     for name, candidate in models.items():
-        sgd = torch.optim.SGD(candidate.parameters(), lr=1e-4, momentum=0.9)
+        sgd = torch.optim.SGD(candidate.parameters(), lr=1e-4)
+        torch.manual_seed(SEED)
         begun = now()
-        step(candidate, sgd, batch)
+        losses = step(candidate, sgd, batch)
         step_times[name].append(now() - begun)
-per_step = {name: statistics.median(times[1:]) for name, times in step_times.items()}
-print({name: f"{value:.2f} s a step" for name, value in per_step.items()})
+        first_loss.setdefault(name, sum(losses.values()))
+for name, times in step_times.items():
+    print(f"{name:9}{statistics.median(times[1:]):6.2f} s a step, first loss {first_loss[name]:.4f}")
 
 # %% [markdown]
-# What does it cost? The losses of the same batch, from the same weights and the same seed (with rounded scores,
-# other proposals may be sampled):
-
-# %% tags=["nbval-ignore-output"]
-compared = {}
-for name in ("float32", "bfloat16"):
-    candidate = build_model(EmbeddingBagRoIAlign).train()
-    if name == "bfloat16":
-        use_bfloat16(candidate, device)
-    torch.manual_seed(SEED)
-    with torch.no_grad():
-        losses = candidate(*to_device(*batch, device))
-    compared[name] = sum(losses.values()).item()
-    print(f"{name}: loss {compared[name]:.4f}")
-assert abs(compared["bfloat16"] / compared["float32"] - 1) < 0.1
-
-# %% [markdown]
-# Where the device has bfloat16 the two differ in some digit, and elsewhere they are the same. Whether AP suffers is a question for whole trainings and several
-# seeds; the spread that notebook 06 found is the yardstick.
+# The first losses are of the same batch, the same weights and the same seed. With fast bfloat16 they differ by
+# rounding, and because rounded scores may lead to other proposals. Without it, both rows are the same model.
+# Whether AP suffers is a question for whole trainings and several seeds. The spread that notebook
+# [06](06_evaluating_detections.ipynb) measures is the yardstick.
 #
 # ## Inference: masks of what somebody looks at
 #
-# Mask R-CNN predicts a mask for each of up to 100 detections and pastes it into a picture of full size, and most of these
-# detections have a score so low that nobody wants them. The model's own threshold, `roi_heads.score_thresh`, is 0.05, which
-# evaluation needs. `predict` raises it to the one asked for while it predicts, so the mask branch sees fewer boxes. What is above the
-# threshold is the same, up to the rounding of convolutions that get fewer boxes at a time:
+# Mask R-CNN predicts a mask for each of up to 100 detections, and pastes it into a picture of full size. Most of
+# these detections have a score so low that nobody wants them. The model's own threshold,
+# `roi_heads.score_thresh`, is 0.05, and evaluation needs it. `predict` raises it to the one asked for while it
+# predicts, so the mask branch sees fewer boxes. The plot has medians of four:
 
 # %%
 from tutorial_lib.engine import predict
 
 picture = plain[0][0].to(device)
-sizes = {"min_size": preset.min_size[-1], "max_size": preset.max_size}
-pretrained = get_model(preset.mask_rcnn, weights=preset.weights, **sizes)
+pretrained = get_model(MODEL, weights=WEIGHTS, min_size=MIN_SIZES[-1], max_size=MAX_SIZE)
 pretrained.to(device).eval()
-inference_times = {"all masks": [], "masks over 0.5": []}
+ways = {"all masks": 0.05, "masks over 0.5": 0.5}
+predicted, inference_times = {}, {name: [] for name in ways}
 for _ in range(5):
-    begun = now()
-    with torch.inference_mode():
-        (whole,) = pretrained([picture])
-    whole_done = now()
-    (cut,) = predict(pretrained, [picture], device, score_threshold=0.5)
-    inference_times["all masks"].append(whole_done - begun)
-    inference_times["masks over 0.5"].append(now() - whole_done)
-keep = whole["scores"] >= 0.5
-atol = 1e-3 if device.type == "cpu" else 2e-2  # TensorFloat-32 has 11 significant bits
-torch.testing.assert_close(whole["masks"][keep].cpu(), cut["masks"], rtol=0, atol=atol)
+    for name, threshold in ways.items():
+        begun = now()
+        (predicted[name],) = predict(pretrained, [picture], device, score_threshold=threshold)
+        inference_times[name].append(1e3 * (now() - begun))
+bars({k: statistics.median(v[1:]) for k, v in inference_times.items()}, "milliseconds for an image")
 
 # %% [markdown]
-# The medians of four:
+# What is above the threshold is the same, up to the rounding of convolutions that get fewer boxes at a time:
 
-# %%
-medians = {k: 1e3 * statistics.median(v[1:]) for k, v in inference_times.items()}
-figure, axes = plt.subplots(figsize=(6, 1.4), layout="constrained")
-axes.bar_label(axes.barh(list(medians), list(medians.values())), fmt="%.0f", padding=3)
-axes.margins(x=0.15)
-axes.set(xlabel=f"milliseconds; {keep.sum()} of {len(keep)} detections are over 0.5")
-axes.invert_yaxis()
-plt.show()
+# %% tags=["nbval-ignore-output"]
+every, cut = predicted.values()
+keep = every["scores"] >= 0.5
+print(f"{keep.sum()} of {len(keep)} detections score 0.5 or more")
+atol = 1e-3 if device.type == "cpu" else 2e-2  # TF32 on a GPU
+torch.testing.assert_close(every["masks"][keep], cut["masks"], rtol=0, atol=atol)
 
 # %% [markdown]
-# Evaluation needs all of them, pasted. `evaluate` compares them only inside their boxes, without run-length encoding, and keeps only the IoUs
-# (notebook 06). Most of the time that is left is the model's, with its pasting.
+# Evaluation needs all of them, pasted. `evaluate` compares masks only inside their boxes, without run-length encoding
+# (notebook [06](06_evaluating_detections.ipynb)). Most of the time that is left is the model's.
 #
 # ## All together
 #
-# A loader with the library's sampler. It takes a part that `split_dataset` or `Subset` has cut out of a `PennFudanDataset`:
+# A loader with the library's sampler takes a part that `split_dataset` or `Subset` has cut out of a
+# `PennFudanDataset`:
 
 # %%
-import torch
-from torch.utils.data import DataLoader
-
-from tutorial_lib.data import AspectRatioBatchSampler, collate_fn
-
-
 def grouped_loader(part, batch_size, num_windows=5):
     sizes = [part.dataset.get_height_and_width(index) for index in part.indices]
     ratios = [width / height for height, width in sizes]
-    return DataLoader(
-        part,
-        batch_sampler=AspectRatioBatchSampler(ratios, batch_size, num_windows),
-        collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available(),
-    )
+    sampler = AspectRatioBatchSampler(ratios, batch_size, num_windows)
+    pin = torch.cuda.is_available()
+    return DataLoader(part, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=pin)
 
 
 # %% [markdown]
-# The loop around it is notebook 02's `train_one_epoch`, which reads the losses once an epoch, with AdamW in its `fused` form: one call for all
-# parameters. An epoch of a few batches, as it was and as it is now, one after the other. (So few batches are one window; at five, and of all images,
-# the table further down has an epoch.)
+# The loop around it is notebook 02's `train_one_epoch`, which reads the losses once an epoch. AdamW in its
+# `fused` form is one call for all parameters. This is an epoch of a few batches, as it was and as it is now. (So
+# few batches are one window.)
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import train_one_epoch
 
-classic_model = build_model(MultiScaleRoIAlign).train()
+classic_model = build_model(MultiScaleRoIAlign)
 classic_sgd = torch.optim.SGD(classic_model.parameters(), lr=1e-4, momentum=0.9)
 fast_few = Subset(kept, train_set.indices[: len(few)])
-fast_loader = grouped_loader(fast_few, preset.batch_size, num_windows=1)
+fast_loader = grouped_loader(fast_few, BATCH_SIZE, num_windows=1)
 fast_adamw = torch.optim.AdamW(fast_model.parameters(), lr=1e-4, fused=True)
 [fast_few[index] for index in range(len(fast_few))]  # decoded once
-for candidate, sgd in ((classic_model, classic_sgd), (fast_model, fast_adamw)):
-    step(candidate, sgd, batch)  # a warm-up
+step(classic_model, classic_sgd, batch)  # a warm-up
+step(fast_model, fast_adamw, batch)
 begun = now()
 for batch in loader:
     step(classic_model, classic_sgd, batch)
@@ -552,95 +497,26 @@ whole_epoch = {"classic": middle - begun, "ours": now() - middle}
 print({name: f"{value:.1f} s" for name, value in whole_epoch.items()})
 
 # %% [markdown]
-# ## Measured with patience
-#
-# A few batches give a noisy answer. The project's benchmark takes whole epochs, and times a step of one loop, a step of the next, and so on, each loop in
-# a process of its own. `tutorial_lib/results/speed.json` keeps what it measured and on what. In a clone, `python -m tools.benchmarks.speed` makes it anew.
-# From the classic loop to the library's, each line with the changes of those above it, on batches that are in memory:
+# A few batches give a noisy answer. The benchmark took 50 steps of each line in turn, on batches that were in
+# memory. Each line has the changes of those above it, and all compute in float32:
 
 # %%
-rows = json.loads((results / "speed.json").read_text())["rows"]
-by_work = {row["work"]: row for row in rows}
-for row in rows:
-    if "steps" in row and row["work"].startswith("train_step"):
-        print(f"{row['work']}, {row['preset']}, {row['device']}, {row['date']}")
-        for name, value in row["steps"].items():
-            ratio = row["classic"] / value
-            print(f"  {name:42}{value:7.3f} s a step {ratio:6.2f} times as fast")
-if "train_step_cuda" not in by_work:
-    print("No GPU has been measured yet. With one, and PENN_FUDAN_ROOT:")
-    works = "train_step_cuda inference_cuda epoch_cuda"
-    print(f"  python -m tools.benchmarks.speed {works}")
+print(f"{'a training step':32}{'seconds':>8}{'times as fast':>15}")
+for name, value in one["steps"].items():
+    print(f"{name:32}{value:8.3f}{one['classic'] / value:15.2f}")
+print(f"\n{one['device']}, {one['threads']} threads, torch {one['torch']}, {one['date']}")
 
 # %% [markdown]
-# All that was timed the classic way and ours, in seconds. In brackets: the ratios between which the middle half of the pairs lay, or
-# those of each round:
+# Not every change helps. Two more were timed against the library's loop on the same machine. The first is a
+# training of four epochs with two single-threaded processes instead of one process with two threads. The second
+# is a step in another memory format, `channels_last`, which the library leaves out:
 
 # %%
-print(f"{'':24}{'preset':8}{'classic':>9}{'ours':>9}{'ratio':>7}")
-for row in rows:
-    spread = row.get("ratio_quartiles", [])
-    if "rounds" in row:
-        pairs = zip(*row["rounds"].values(), strict=True)
-        spread = [round(classic / ours, 2) for classic, ours in pairs]
-    numbers = f"{row['classic']:9.4f}{row['ours']:9.4f}{row['ratio']:7.2f}"
-    print(
-        f"{row['work']:24}{row.get('preset', ''):8}{numbers}",
-        *([spread] * bool(spread)),
-    )
-
-# %% [markdown]
-# Of the epochs, the parts (`classic` first) and the peak of memory in training:
-
-# %%
-import math
-
-print(
-    f"{'':13}{'preset':8}{'training [s]':>15}{'evaluation [s]':>17}{'memory [GB]':>15}"
-)
-for row in rows:
-    if row["work"].startswith("epoch"):
-        print(f"{row['work']:13}{row['preset']:8}", end="")
-        for kind, unit in {"training": 1, "evaluation": 1, "peak_bytes": 1e9}.items():
-            pair = [row[f"{way}_{kind}"] or math.nan for way in ("classic", "ours")]
-            print(*(f"{value / unit:7.2f}" for value in pair), end="  ")
-        print()
-
-# %% [markdown]
-# `sample_from_cache` is one image with its target, without augmentation: decoded the classic way, and taken from memory ours. `train_step_…` is the last line of the table above beside its first, on all training images.
-# `inference_…` predicts the masks over 0.5 of 30 images, one by one. `epoch_…` is the second epoch of training, data included, and an evaluation of the test images with 100 detections each. `training_cpu` is two
-# epochs of training, the mean of two rounds: the classic loop beside `tutorial_lib.train` with several processes of one thread, four images a step both.
-# `evaluator_N` is only the evaluator, on N images with 100 detections each, whose masks are pasted to full size before.
-#
-# Two rows put a single change beside the library's loop without it: `several_processes_…` several processes of one thread in place of one with as many threads, and
-# `channels_last_…` that memory format. Where the ratio is under 1 the change made it slower, and the library leaves it out.
-#
-# Samples, steps and predictions were timed in turn, which a machine that is not equally fast all the time disturbs least. Epochs, the trainings of
-# `several_processes_…` and `evaluator_1000…` were timed once, one way after the other; how far two rounds of such a time can differ, `training_cpu` shows.
-
-# %%
-compared_ways = {
-    row["work"]: row["ratio"]
-    for row in rows
-    if not row["work"].startswith(("several", "channels"))
-}
-figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-gains = [ratio - 1 for ratio in compared_ways.values()]
-bars = axes.barh(list(compared_ways), gains, left=1)
-labels = [f"{ratio:.2f}" for ratio in compared_ways.values()]
-axes.bar_label(bars, labels, padding=3)
-ticks = [1, 2, 5, 10, 20]
-axes.set_xscale("log")
-axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-axes.minorticks_off()
-axes.set_xlim(0.9, 1.5 * max(compared_ways.values()))
-axes.set_xlabel("how many times as fast as the classic way")
-axes.invert_yaxis()
-plt.show()
-measured_on = {
-    f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows
-}
-print(*sorted(measured_on), sep="\n")
+changes = {"several_processes_cpu": "two processes", "channels_last_cpu": "channels_last"}
+print(f"{'seconds':16}{'without':>9}{'with':>9}{'times as fast':>15}")
+for work, name in changes.items():
+    row = rows[work]
+    print(f"{name:16}{row['classic']:9.2f}{row['ours']:9.2f}{row['ratio']:15.2f}")
 
 # %% tags=["results", "nbval-ignore-output"]
 {"epoch_ratio": round(whole_epoch["classic"] / whole_epoch["ours"], 2)}
@@ -669,18 +545,19 @@ print(*sorted(measured_on), sep="\n")
 # %% [markdown]
 # ## In practice
 #
-# - Reading a number from a GPU makes Python wait for it. The library's loop reads one a step, whether the loss is finite, and
-#   keeps the losses on the device until the epoch ends. Detection models ask for numbers of their own in every step (how
-#   many proposals are left?), so this is one among many.
-# - Several processes with one thread each can be faster than one process with several threads, on a CPU too:
-#   `python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train` (notebook 04).
-# - A training on the CPU takes memory for large tensors and gives it back in every step, in small pages (4 kB on most machines). On Linux, where
-#   `/sys/kernel/mm/transparent_hugepage/enabled` says `[madvise]`, the environment variable `THP_MEM_ALLOC_ENABLE=1`
-#   lets [PyTorch take large tensors in pages of 2 MB](https://github.com/pytorch/pytorch/pull/107697). PyTorch reads it at its first
-#   tensor, so set it before Python starts. The line "large pages" above is what it is worth on the machine there.
-# - A smaller `min_size` means fewer pixels everywhere; notebook [09](09_anchors_and_backbones.ipynb) measures what it gains and what it costs in AP.
-# - The clock of a notebook's cell includes what PyTorch does once: choosing kernels, reserving memory. Leave the first
+# - Reading a number from a GPU makes Python wait for it. The library's loop reads one a step, whether the loss is
+#   finite, and keeps the losses on the device until the epoch ends. Detection models ask for numbers of their own in
+#   every step, so this is one among many.
+# - A clock in a notebook also counts what PyTorch does once: choosing kernels, reserving memory. Leave the first
 #   round out.
+# - Several single-threaded processes:
+#   `python -m torch.distributed.run --nproc-per-node 2 -m tutorial_lib.train` (notebook 04).
+# - A training on the CPU takes and returns memory for large tensors in every step. On Linux, where
+#   `/sys/kernel/mm/transparent_hugepage/enabled` says `[madvise]`, `THP_MEM_ALLOC_ENABLE=1` lets [PyTorch take it
+#   in pages of 2 MB](https://github.com/pytorch/pytorch/pull/107697) instead of 4 kB. Set it in the environment
+#   before Python starts. The line "large pages" above is what it gained there.
+# - A smaller `min_size` means fewer pixels everywhere. Notebook [09](09_anchors_and_backbones.ipynb) measures what it
+#   gains, and what it costs in AP.
 #
 # ## Further reading
 #

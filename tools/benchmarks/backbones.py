@@ -128,8 +128,8 @@ def measure(name: str, backbone: str, limit: int | None) -> dict:
     except RuntimeError as error:
         print(f"{backbone} starts from random weights, and its AP is that much lower: {error}", file=sys.stderr)
         weights = None
-    train_set = split_dataset(PennFudanDataset(root, get_transform(train=True)), preset.split, seed=0)[0]
-    test_set = split_dataset(PennFudanDataset(root, get_transform(train=False)), preset.split, seed=0)[2]
+    train_set = split_dataset(PennFudanDataset(root, get_transform(train=True)), preset.split, seed=0, block=10)[0]
+    test_set = split_dataset(PennFudanDataset(root, get_transform(train=False)), preset.split, seed=0, block=10)[2]
     if limit is not None:
         train_set, test_set = (torch.utils.data.Subset(part, range(limit)) for part in (train_set, test_set))
     loader = DataLoader(train_set, budget.batch_size, shuffle=True, drop_last=True, collate_fn=collate_fn)

@@ -216,8 +216,8 @@ def loaders(loop: Loop, preset: Preset, device: torch.device) -> tuple[DataLoade
     """Of the training and the test images."""
     root = prepare_data(preset)
     kind, options = (ClassicDataset, {}) if loop.classic else (PennFudanDataset, {"in_memory": True})
-    train_set, _, _ = split_dataset(kind(root, get_transform(train=True), **options), preset.split, seed=0)
-    _, _, test_set = split_dataset(kind(root, get_transform(train=False), **options), preset.split, seed=0)
+    train_set, _, _ = split_dataset(kind(root, get_transform(train=True), **options), preset.split, seed=0, block=10)
+    _, _, test_set = split_dataset(kind(root, get_transform(train=False), **options), preset.split, seed=0, block=10)
     how = {"batch_size": preset.batch_size, "shuffle": True, "drop_last": True}
     if not loop.classic:
         ratios = [w / h for h, w in map(train_set.dataset.get_height_and_width, train_set.indices)]

@@ -44,8 +44,8 @@ def finetune(preset: Preset, seed: int, weights: str | None, num_windows: int = 
     device, root, epochs = torch.device("cpu"), prepare_data(preset), EPOCHS[preset.name]
     augmented = PennFudanDataset(root, get_transform(train=True), in_memory=True)
     plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
-    train_set = split_dataset(augmented, preset.split, seed=0)[0]
-    _, val_set, test_set = split_dataset(plain, preset.split, seed=0)
+    train_set = split_dataset(augmented, preset.split, seed=0, block=10)[0]
+    _, val_set, test_set = split_dataset(plain, preset.split, seed=0, block=10)
     val_loader, test_loader = (DataLoader(s, preset.batch_size, collate_fn=collate_fn) for s in (val_set, test_set))
     torch.manual_seed(seed)
     sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
