@@ -1,6 +1,6 @@
 """Training, evaluating and asking torchvision's detection models; device and precision.
 
-Notebook 02 builds ``train_one_epoch`` step by step, notebook 04 the rest.
+Notebook 02 builds ``train_one_epoch`` step by step, and notebook 04 uses the rest.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def predict(
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
     """A learning rate that rises linearly for ``warmup_steps``, then falls to 0 along a cosine.
 
-    Step it after every batch. Source: notebook 04; the cosine is of arXiv 1608.03983.
+    Step it after every batch. Source: notebook 02; the cosine is of arXiv 1608.03983.
     """
 
     def factor(step: int) -> float:
