@@ -519,7 +519,7 @@ fitting = {person for found, person in causes if found == "right"}
 near = {person for found, person in causes if found.startswith("poor")} - fitting
 never = everybody - fitting - near
 below = len(fitting) - right
-print(f"\n{len(everybody)} people: {right} detected, {missed} missed, of whom")
+print(f"\n{len(everybody)} people: {right} detected, {missed} missed. Of these:")
 print(f"{below} below the threshold, {len(near)} poor fit, {len(never)} no detection")
 assert below + len(near) + len(never) == missed
 
@@ -579,7 +579,7 @@ plt.show()
 # - **Poorly placed**: this is box regression. Train longer, or take anchors of the people's shape (notebook
 #   [09](09_anchors_and_backbones.ipynb)).
 # - **Poor masks**: train longer, or on larger images.
-# - **Background**: look first. It may be a person whom nobody annotated. Then add such images to the training.
+# - **Background**: look first. It may be a person that nobody annotated. Then add such images to the training.
 # - **No detection**: larger images (`min_size`) or other anchors, and more training images of that kind.
 # - **Below the threshold**: this is your threshold, not the detector.
 #

@@ -330,8 +330,8 @@ plt.show()
 # %% [markdown]
 # The one map and the FPN's default have anchors of the *same* shapes. They differ in where these stand: every 32
 # pixels, or every 4 for the smallest. That matters where people are small against the step. Fitting the shapes
-# brings most boxes closer still. Its price: five quantiles leave out the smallest people, to whom a layout with
-# smaller anchors comes nearer.
+# brings most boxes closer still. Its price: five quantiles leave out the smallest people. A layout with smaller
+# anchors fits them better.
 #
 # ## What the RPN makes of it
 #

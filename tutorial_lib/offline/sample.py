@@ -17,15 +17,17 @@ from PIL import Image, ImageDraw, ImageFilter
 CATEGORIES = ["__background__", "person", "bicycle", "car", "dog", "tree", "bin", "sign"]
 """What a scene can hold, in the order of its labels; 0 is the background."""
 
-VERSION = 1  # of the sample; raise it when the same seed gives other files
+VERSION = 2  # of the sample; raise it when the same seed gives other files
 _FILES = {"PNGImages": ".png", "PedMasks": "_mask.png", "Annotation": ".txt"}
 _SUPERSAMPLE = 2  # drawn this much larger, then reduced, for smooth edges
 _SKIN = [(241, 205, 177), (224, 172, 135), (198, 134, 92), (141, 85, 54), (92, 56, 36)]
 _HAIR = [(28, 22, 20), (60, 42, 30), (110, 78, 46), (176, 140, 84), (150, 150, 150)]
+_LAMPS = [(255, 220, 160), (255, 180, 120), (200, 220, 255)]
+_DUSK = np.array([(110, 100, 170), (240, 170, 150), (150, 110, 140)])  # of the haze: top, middle and bottom
 _CLOTHES = [
-    (30, 32, 38), (60, 64, 72), (118, 120, 124), (222, 222, 218), (36, 52, 92), (70, 100, 150),
-    (130, 40, 44), (176, 60, 50), (60, 90, 60), (170, 150, 116), (112, 84, 60), (206, 170, 70),
-    (140, 90, 130), (80, 140, 150), (240, 236, 226),
+    (30, 32, 38), (60, 64, 72), (118, 120, 124), (222, 222, 218), (36, 52, 92), (70, 100, 150), (130, 40, 44),
+    (176, 60, 50), (60, 90, 60), (170, 150, 116), (112, 84, 60), (206, 170, 70), (140, 90, 130), (80, 140, 150),
+    (240, 236, 226),
 ]  # fmt: skip
 
 
@@ -44,8 +46,7 @@ def _choose(rng: np.random.Generator, colours: list, spread: int = 18) -> tuple[
 def _person(rng: np.random.Generator, riding: bool = False) -> list[tuple]:
     skin, hair = _choose(rng, _SKIN), _choose(rng, _HAIR)
     top, bottom, shoes = (_choose(rng, _CLOTHES) for _ in range(3))
-    broad = rng.uniform(0.55, 1.1)  # seen from the side, or from the front
-    build = rng.uniform(0.85, 1.25)
+    broad, build = rng.uniform(0.55, 1.1), rng.uniform(0.85, 1.25)  # broad is seen from the front, narrow from the side
     stride = rng.uniform(0.25, 0.5) if rng.random() < 0.55 else rng.uniform(0.0, 0.12)
     lean = rng.uniform(0.10, 0.28) if riding else rng.normal(0, 0.015)
     hip_y, shoulder_y = rng.uniform(0.47, 0.52), rng.uniform(0.80, 0.83)
@@ -70,8 +71,7 @@ def _person(rng: np.random.Generator, riding: bool = False) -> list[tuple]:
         x = side * hip * (0.6 if broad > 0.8 else 0.25)
         foot = limb((x, hip_y), (angle, knee), (0.24, 0.23), leg, bare)
         parts.append(("line", [(x, hip_y), _towards((x, hip_y), angle, 0.20)], leg * 1.2, bottom))
-        toe = rng.uniform(0.02, 0.07)
-        parts.append(("line", [foot, (foot[0] + toe, foot[1] - 0.012)], 0.04, shoes))
+        parts.append(("line", [foot, (foot[0] + rng.uniform(0.02, 0.07), foot[1] - 0.012)], 0.04, shoes))
 
     def draw_arm(side, angle):
         start = (side * shoulder + lean, shoulder_y - 0.02)
@@ -80,24 +80,19 @@ def _person(rng: np.random.Generator, riding: bool = False) -> list[tuple]:
         parts.append(("ellipse", hand, (0.024, 0.028), skin))
         return hand
 
-    shorts = rng.random() < 0.15
-    swing = stride * rng.uniform(0.5, 1.2)
+    shorts, swing = rng.random() < 0.15, stride * rng.uniform(0.5, 1.2)
     draw_arm(-1, -swing if not riding else 0.9)
     draw_leg(-1, -stride)
     draw_leg(1, stride)
     if rng.random() < 0.18 and not riding:  # a skirt or a long coat
-        hem = rng.uniform(0.2, 0.36)
-        flare = hip * rng.uniform(1.1, 1.7)
+        hem, flare = rng.uniform(0.2, 0.36), hip * rng.uniform(1.1, 1.7)
         skirt = [(-hip, hip_y + 0.05), (hip, hip_y + 0.05), (flare, hem), (-flare, hem)]
         parts.append(("polygon", skirt, top if rng.random() < 0.5 else bottom))
     if rng.random() < 0.2:  # a backpack
         parts.append(("ellipse", (lean - shoulder, 0.68), (0.07, 0.11), _choose(rng, _CLOTHES)))
     low = hip_y - rng.uniform(0.0, 0.05)
-    torso = [
-        (-shoulder + lean, shoulder_y), (-0.03 + lean, 0.86), (0.03 + lean, 0.86),
-        (shoulder + lean, shoulder_y), (hip * 1.15, low), (-hip * 1.15, low),
-    ]  # fmt: skip
-    parts.append(("polygon", torso, top))
+    torso = [(-shoulder + lean, shoulder_y), (-0.03 + lean, 0.86), (0.03 + lean, 0.86), (shoulder + lean, shoulder_y)]
+    parts.append(("polygon", [*torso, (hip * 1.15, low), (-hip * 1.15, low)], top))
     parts.append(("line", [(-shoulder + lean, 0.8), (shoulder + lean, 0.8)], 0.05, top))
     if rng.random() < 0.3:  # an open jacket shows what is under it
         under = [(lean - 0.02, 0.84), (lean + 0.02, 0.84), (0.025, low), (-0.025, low)]
@@ -177,10 +172,9 @@ def _tree(rng: np.random.Generator) -> list[tuple]:
 
 def _bin(rng: np.random.Generator) -> list[tuple]:
     paint = _choose(rng, _CLOTHES, 40)
-    dark = tuple(int(c * 0.6) for c in paint)
     low, high = rng.uniform(0.2, 0.3), rng.uniform(0.28, 0.36)
     parts = [("polygon", [(-low, 0), (low, 0), (high, 0.85), (-high, 0.85)], paint)]
-    parts.append(("ellipse", (0, 0.86), (high * 1.05, rng.uniform(0.06, 0.14)), dark))
+    parts.append(("ellipse", (0, 0.86), (high * 1.05, rng.uniform(0.06, 0.14)), tuple(int(c * 0.6) for c in paint)))
     return parts
 
 
@@ -313,8 +307,7 @@ def draw_scene(
     things.sort(key=lambda thing: thing[0])
 
     draw = ImageDraw.Draw(image)
-    ids = np.zeros((size[1], size[0]), np.uint8)
-    whole = []
+    ids, whole = np.zeros((size[1], size[0]), np.uint8), []
     shadow = rng.uniform(0.5, 0.95)
     for k, (_, _, parts, (x, y, tall, flip)) in enumerate(things, start=1):
         dark = tuple(int(c * shadow) for c in image.getpixel((int(np.clip(x, 0, width - 1)), int(min(y, height - 1)))))
@@ -345,8 +338,7 @@ def _light(rng: np.random.Generator, image: Image.Image, ids: np.ndarray) -> Ima
     stripes = np.sin(np.arange(height)[:, None] * rng.uniform(0.4, 1.6) + rng.uniform(0, 6))
     striped = ((rng.random(count) < 0.15) & (np.arange(count) > 0)).astype(np.float32)[ids]
     pixels *= 1 + 0.2 * (striped * stripes)[..., None]
-    across = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
-    pixels *= 1 + rng.uniform(-0.25, 0.25) * across
+    pixels *= 1 + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
     pixels *= rng.uniform(0.6, 1.25) * rng.uniform(0.88, 1.12, 3)
     pixels = 255 * (pixels.clip(0, 255) / 255) ** rng.uniform(0.75, 1.35)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -358,11 +350,18 @@ def _light(rng: np.random.Generator, image: Image.Image, ids: np.ndarray) -> Ima
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _fog(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """The little contrast that even fog lets through, before the grey of the fog, and some noise."""
-    through, grey = rng.uniform(0.10, 0.15), rng.uniform(185, 215)
-    pixels = grey + through * (np.asarray(image).astype(np.float32) - grey)
-    pixels += rng.normal(0, 1.5, pixels.shape)
+def _dusk(rng: np.random.Generator, image: Image.Image, ids: np.ndarray) -> Image.Image:
+    """The scene in the haze of dusk, which lets a sixth of the contrast through, with lamps behind it and some noise."""
+    height, width = ids.shape
+    colours = _DUSK + rng.uniform(-12, 12, _DUSK.shape)
+    haze = np.stack([np.interp(np.linspace(0, 2, height), range(3), colour) for colour in colours.T], axis=1)
+    pixels = haze[:, None] + rng.uniform(0.14, 0.20) * (np.asarray(image).astype(np.float32) - 128)
+    lamps = Image.new("RGB", image.size)
+    for _ in range(rng.integers(2, 7)):
+        x, y, r = rng.uniform(0, width), rng.uniform(0, 0.45) * height, rng.uniform(2, 10)
+        ImageDraw.Draw(lamps).ellipse((x - r, y - r, x + r, y + r), fill=_choose(rng, _LAMPS))
+    lamps = np.asarray(lamps.filter(ImageFilter.GaussianBlur(1)))
+    pixels += 0.3 * lamps * (ids == 0)[..., None] + rng.normal(0, 1.5, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -370,9 +369,8 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
     """Write synthetic street scenes as a dataset in PennFudan's layout, unless it is there already.
 
     Only people are labelled, as in PennFudan; cars, trees and dogs are left for the
-    detector to tell apart. There is fog, which leaves an eighth of the contrast: the
-    starter weights have never seen one, so there is something to learn. Image i depends
-    on (seed, i) only.
+    detector to tell apart. It is dusk: the starter weights have only seen the light
+    of day, so there is something to learn. Image i depends on (seed, i) only.
 
     Args:
         root: the folder to put the dataset in; made if need be.
@@ -387,7 +385,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
     Raises:
         RuntimeError: the folder is there, and does not hold all of this sample.
     """
-    folder = Path(root) / f"FoggyPed-{num_images}-{seed}-v{VERSION}"
+    folder = Path(root) / f"DuskPed-{num_images}-{seed}-v{VERSION}"
     stems = [f"DrawnPed{number + 1:05d}" for number in range(num_images)]
     if folder.exists():
         return _whole(folder, stems)
@@ -403,11 +401,10 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
                 size = (int(rng.integers(200, 320)), int(rng.integers(176, 256)))
                 image, ids, labels = draw_scene(rng, size, people=(1, 3), others=(0, 3))
                 people = labels.count("person")
-            image = _fog(rng, image)
+            image = _dusk(rng, image, ids)
             # Renumber 1 to N, people only.
-            lookup = np.zeros(len(labels) + 1, np.uint8)
-            lookup[1:][np.array(labels) == "person"] = np.arange(1, people + 1)
-            mask = lookup[ids]
+            is_person = np.array(["", *labels]) == "person"
+            mask = (np.cumsum(is_person) * is_person).astype(np.uint8)[ids]
             image.save(drawn / "PNGImages" / f"{stem}.png")
             Image.fromarray(mask).save(drawn / "PedMasks" / f"{stem}_mask.png")
             (drawn / "Annotation" / f"{stem}.txt").write_text(_annotation(folder.name, stem, mask), encoding="utf-8")
