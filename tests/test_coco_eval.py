@@ -262,7 +262,7 @@ def test_matches_name_the_pairs():
     assert alone.targets[:, 0].tolist() == [0, 0, 0, 0, -1, -1, -1, -1, -1, -1]  # 0.50 to 0.65
 
 
-@pytest.mark.parametrize("seed", [1, 24])
+@pytest.mark.parametrize("seed", [12, 37])
 def test_bootstrap_is_that_of_evaluating_every_resample(seed):
     """Without ties in score, which pycocotools settles by the order of the images."""
     case = random_case(seed)

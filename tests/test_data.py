@@ -96,6 +96,9 @@ def test_split_is_random_disjoint_and_known_by_its_seed():
     assert [part.indices for part in parts] == [part.indices for part in again]
     assert [part.indices for part in parts] != [part.indices for part in other]
     assert torch.equal(state, torch.get_rng_state())
+    parts = split_dataset(range(170), (100, 20, 50), seed=3, block=8)
+    assert sorted(index for part in parts for index in part) == list(range(170))
+    assert sum(len({index // 8 for index in part}) for part in parts) <= 22 + 2  # two of the 22 blocks may be cut
     for sizes in [(8, 3), (11,), (5, 0), (5, -1), (-1, 5)]:
         with pytest.raises(ValueError, match=r"sizes .*10"):
             split_dataset(range(10), sizes, seed=0)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import get_model
@@ -182,7 +181,7 @@ model = mini_models.fasterrcnn_mini_fpn(weights=mini_models.FasterRCNN_Mini_FPN_
 
 
 def test_starter_weights_detect_synthetic_people():
-    """In twelve scenes without fog, which they were not trained on."""
+    """In twelve scenes of the day, which they were not trained on."""
     loader = DataLoader(DrawnScenes(seed=0, start=HELD_OUT, length=12, train=False), collate_fn=collate_fn)
     results = evaluate(get_model(MINI[1], weights="DEFAULT"), loader, torch.device("cpu"), progress=False)
     assert results.box.per_class[CATEGORIES.index("person")] > 0.3
@@ -198,7 +197,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def test_sample_has_penn_fudans_layout(sample_root):
     dataset = PennFudanDataset(sample_root)
-    assert sample_root.name == f"FoggyPed-12-0-v{sample.VERSION}"
+    assert sample_root.name.endswith(f"Ped-12-0-v{sample.VERSION}")
     stems = [f"DrawnPed{number:05d}" for number in range(1, 13)]
     endings = {"PNGImages": ".png", "PedMasks": "_mask.png", "Annotation": ".txt"}
     assert files_in(sample_root).keys() == {f"{f}/{stem}{end}" for f, end in endings.items() for stem in stems}
@@ -214,8 +213,8 @@ def test_sample_has_penn_fudans_layout(sample_root):
         assert [[int(x1) - 1, int(y1) - 1, int(x2), int(y2)] for x1, y1, x2, y2 in boxes] == target["boxes"].tolist()
 
 
-# By VERSION: SHA-256 of the masks of the first three images at seed 0, and the means of the images' pixels.
-PINNED = {1: ("d272fa0a60a8eda3", [180.3, 195.4, 194.4])}
+# By VERSION, of the first three images at seed 0: SHA-256 of their masks, and the means of their pixels.
+PINNED = {2: ("d272fa0a60a8eda3", [156.8, 151.0, 153.8])}
 
 
 def test_same_seed_and_version_give_the_same_files(sample_root, tmp_path):
@@ -231,9 +230,9 @@ def test_same_seed_and_version_give_the_same_files(sample_root, tmp_path):
     for image, target in PennFudanDataset(few):
         digest.update(target["masks"].numpy().tobytes())
         means.append(image.float().mean().item())
-    expected_digest, expected_means = PINNED[sample.VERSION]
-    assert digest.hexdigest().startswith(expected_digest)
-    assert means == pytest.approx(expected_means, abs=0.5)
+    found = {sample.VERSION: (digest.hexdigest()[:16], [round(mean, 1) for mean in means])}
+    expected_digest, expected_means = PINNED.get(sample.VERSION, (None, []))
+    assert found[sample.VERSION] == (expected_digest, pytest.approx(expected_means, abs=0.5)), f"PINNED = {found}"
     other = files_in(write_sample(tmp_path, num_images=3, seed=1))
     assert not {body for name, body in other.items() if "PNG" in name} & set(many.values())
     # Nor are they scenes that the starter weights were trained on: the same random numbers would give the same sizes.
@@ -271,18 +270,16 @@ def test_sample_of_two_writers_at_once_and_one_that_is_broken_off(tmp_path, monk
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_people_alone_are_labelled_and_fog_leaves_an_eighth_of_the_contrast(tmp_path, monkeypatch):
+def test_people_alone_are_labelled_and_it_is_not_day(tmp_path, monkeypatch):
     scenes = []
     monkeypatch.setattr(sample, "draw_scene", lambda *args, **kw: scenes.append(draw_scene(*args, **kw)) or scenes[-1])
     dataset = PennFudanDataset(write_sample(tmp_path, num_images=6))
     scenes = [scene for scene in scenes if "person" in scene[2]]
     assert any(set(labels) != {"person"} for _, _, labels in scenes)
-    for (image, target), (clear, ids, labels) in zip(dataset, scenes, strict=True):
+    for (image, target), (day, ids, labels) in zip(dataset, scenes, strict=True):
         people = [number for number, label in enumerate(labels, start=1) if label == "person"]
         assert np.array_equal(target["masks"], ids == np.array(people)[:, None, None])
-        foggy = Image.fromarray(image.permute(1, 2, 0).numpy())
-        contrast = [np.asarray(picture.reduce(8)).std() for picture in (foggy, clear)]
-        assert 0.09 < contrast[0] / contrast[1] < 0.17 and image.float().mean() > 140
+        assert np.abs(image.permute(1, 2, 0).numpy() - np.asarray(day, np.float32)).mean() > 20
 
 
 def test_scenes_have_one_label_for_each_instance_in_sight():

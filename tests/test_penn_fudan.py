@@ -33,8 +33,9 @@ def toy_root(tmp_path: Path) -> Path:
     root, noise = tmp_path / "Toy", np.random.default_rng(0)
     for folder in ("PNGImages", "PedMasks"):
         (root / folder).mkdir(parents=True)
-    for name, mask in TOY_MASKS.items():
-        Image.fromarray(noise.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(root / "PNGImages" / f"{name}.png")
+    for (name, mask), mode in zip(TOY_MASKS.items(), ("RGB", "L"), strict=True):
+        image = Image.fromarray(noise.integers(0, 256, (10, 12, 3), dtype=np.uint8)).convert(mode)
+        image.save(root / "PNGImages" / f"{name}.png")
         Image.fromarray(mask).save(root / "PedMasks" / f"{name}_mask.png")
     return root
 
@@ -91,7 +92,7 @@ def test_toy_samples_by_hand(toy_root, second):
     assert target["boxes"].format == tv_tensors.BoundingBoxFormat.XYXY and target["boxes"].canvas_size == (10, 12)
     assert target["boxes"].tolist() == [[1, 2, 4, 7], [11, 0, 12, 1]] and target["area"].tolist() == [15, 1]
     assert target["masks"].tolist() == [(mask == 1).tolist(), (mask == second).tolist()]
-    assert dataset[1][1]["boxes"].tolist() == [[3, 5, 12, 10]]
+    assert dataset[1][0].shape == (3, 10, 12) and dataset[1][1]["boxes"].tolist() == [[3, 5, 12, 10]]
     assert dataset[1][1]["image_id"] == dataset.get_target(-1)["image_id"] == 1
     assert dataset.get_height_and_width(0) == (10, 12)
     (toy_root / "PNGImages" / "a.png").write_bytes(b"no image")

@@ -374,7 +374,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
 
     Args:
         root: the folder to put the dataset in; made if need be.
-        num_images: how many images, each with at least one person; about 20 ms each.
+        num_images: how many images, each with at least one person; some tens of milliseconds each.
         seed: of all that is random.
 
     Returns:
