@@ -307,3 +307,20 @@ def test_a_comment_in_a_cell_is_prose():
         return code_of_cells(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]))
 
     assert code("# why\nx = 1", "y = 2") == code("x = 1", "# how\ny = 2") != code("x = 1", "y = 3")
+
+
+def measured_rows():
+    """README's table of stored runs: minutes and APs by notebook's number."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d\d) \| ([\d.]+) min \| (\S+) \| (\S+) \|", readme, flags=re.MULTILINE)
+    return {number: (float(minutes), box, mask) for number, minutes, box, mask in rows}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_readme_has_the_numbers_of_the_stored_runs(name):
+    notebook, (minutes, *aps) = stored(name), measured_rows()[name[:2]]
+    assert minutes == round(notebook.metadata["tutorial"]["seconds"] / 60, 1)
+    results = [c for c in code_cells(notebook) if "results" in tags(c)]
+    data = [output["data"]["text/plain"] for c in results for output in c.outputs if "data" in output]
+    found = ast.literal_eval(data[0]) if data else {}
+    assert aps == [f"{found[key]:.3f}" if key in found else "–" for key in ("box_AP", "mask_AP")]
