@@ -324,3 +324,16 @@ def test_readme_has_the_numbers_of_the_stored_runs(name):
     data = [output["data"]["text/plain"] for c in results for output in c.outputs if "data" in output]
     found = ast.literal_eval(data[0]) if data else {}
     assert aps == [f"{found[key]:.3f}" if key in found else "–" for key in ("box_AP", "mask_AP")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_minutes_in_the_text_are_those_of_the_stored_run(name):
+    """Within a third, or a quarter of a minute: another day's run is not as fast to the second."""
+    opening = "\n".join(cell.source for cell in stored(name).cells[:3] if cell.cell_type == "markdown")
+    opening = opening.replace("half a minute", "0.5 minutes").replace("a minute", "1 minute")
+    said = re.search(r"([\d.]+)(?: min\w*)?(?: at `quick` and)? at `laptop`|`laptop` \|.*?([\d.]+) min", opening)
+    said = said or re.search(r"([\d.]+) minutes?", opening)  # the same at every preset
+    minutes = float(next(filter(None, said.groups())))
+    if f"less than {minutes:.0f} minute" in opening:
+        minutes = min(minutes, stored(name).metadata["tutorial"]["seconds"] / 60)
+    assert minutes == pytest.approx(stored(name).metadata["tutorial"]["seconds"] / 60, rel=1 / 3, abs=0.25), said[0]

@@ -26,7 +26,7 @@
 # - plot how many people there are, and how large.
 #
 # **You need** to have seen a `Dataset` before. No knowledge of detection, no GPU.
-# It takes half a minute on one CPU core, and downloads 51 MB the first time.
+# It takes less than a minute on one CPU core, and downloads 51 MB the first time.
 
 # %% [markdown]
 # ## Set-up
@@ -43,9 +43,9 @@ if importlib.util.find_spec("tutorial_lib") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
-# The preset decides where the data come from. Choose it here, `choose_preset("laptop")`,
-# or with the environment variable `TUTORIAL_PRESET`. If you choose nothing, it is `full`
-# where there is a CUDA GPU and `quick` elsewhere.
+# The preset decides where the data come from. Choose it in this cell, as in
+# `choose_preset("laptop")`, or with the environment variable `TUTORIAL_PRESET`. If you choose
+# nothing, it is `full` where there is a CUDA GPU and `quick` elsewhere.
 #
 # `laptop` and `full` download photographs, and this notebook is about those. `quick` makes synthetic
 # street scenes in the same folders: other pictures, other numbers.
@@ -64,9 +64,9 @@ print(f"{SPLIT = }\n{SEED = }")
 # ## One photograph, two kinds of mask
 #
 # PennFudan holds 170 photographs of streets and campuses, published with
-# [a paper of 2007](https://www.cis.upenn.edu/~jshi/ped_html/) by Wang, Shi, Song and Shen.
-# The people are outlined, pixel by pixel. A few, mostly half hidden, were never annotated, and
-# detecting them counts as an error. The terms, from its `readme.txt`:
+# [a paper of 2007](https://www.cis.upenn.edu/~jshi/ped_html/) by Wang, Shi, Song and Shen. The
+# people are outlined, pixel by pixel. A few people, mostly half hidden, were never annotated.
+# Detecting them counts as an error. The terms, from its `readme.txt`:
 #
 # > All persons copying this information are expected to adhere to the terms and constraints
 # > invoked by each author's copyright. In most cases, these works may not be reposted
@@ -108,9 +108,9 @@ plt.show()
 #
 # ## From a mask to instances
 #
-# Take a mask small enough to print, whose second person is one pixel wide. A detection model
-# wants one binary mask for each person. Comparing the mask `[H, W]` with the ids
-# `[N, 1, 1]` broadcasts to `[N, H, W]`:
+# Here is a mask small enough to print. Its second person is one pixel wide. A detection model wants
+# one binary mask for each person. Comparing the mask `[H, W]` with the ids `[N, 1, 1]` broadcasts
+# to `[N, H, W]`:
 
 # %%
 import torch
@@ -156,7 +156,7 @@ except AssertionError as error:
     print("AssertionError:", error)
 
 # %% [markdown]
-# (The numbers are those of the resized image.)
+# (The model has resized the image, so the message has other numbers.)
 #
 # The fix is to add one pixel at the right and at the bottom. The box is then *half-open*, like a
 # Python slice: `mask[y1:y2, x1:x2]` is the person. The library has the same function, in the file that
@@ -243,8 +243,8 @@ class MyPennFudan(torch.utils.data.Dataset):
 # - `image_id`: names the image in evaluation.
 # - `area`: pixels of the mask. [COCO](https://cocodataset.org)'s metrics sort objects by it into
 #   small, medium and large.
-# - `iscrowd`: 1 marks a crowd that is outlined as one. The metrics ignore it, but models train on
-#   it: leave it out of training targets. PennFudan has none.
+# - `iscrowd`: 1 marks a crowd that is outlined as one object. The metrics ignore crowds, but models
+#   train on them. Leave crowds out of training targets. PennFudan has none.
 #
 # The library's `PennFudanDataset` does the same. It also names the file when a mask is missing
 # or has another size, and `get_target(i)` reads only the mask. We use it from here on.
@@ -272,8 +272,8 @@ plt.show()
 # ### 345 people or 423?
 #
 # The paper counts 345 people, and many texts repeat it. The masks hold 423: the authors later added
-# 78 who are very small or mostly hidden (`added-object-list.txt`). Before you compare results,
-# ask which were counted. Our notebooks use all 423.
+# 78 who are very small or mostly hidden (`added-object-list.txt`). Before you compare results, ask
+# which people were counted. Our notebooks use all 423.
 
 # %% tags=["nbval-ignore-output"]
 import re
@@ -310,10 +310,11 @@ for title, moved in zip(titles, targets, strict=True):
 # The turned boxes are larger than they need to be. The transform turned the corners of each box and
 # put a new box around them; it turned the mask pixel by pixel. A flip has no such problem.
 #
-# So for training we flip, and distort the colours, even the order of the channels.
-# `ToDtype(..., scale=True)` turns uint8 in [0, 255] into float32 in [0, 1], and `ToPureTensor` makes
-# plain tensors. Nothing is resized or normalised: the model does both, and scales its detections
-# back to the size of your image. Below is one photograph four times, as training sees it.
+# So for training we flip the image and distort its colours. That may even change the order of the
+# channels. `ToDtype(..., scale=True)` turns uint8 in [0, 255] into float32 in [0, 1], and
+# `ToPureTensor` makes plain tensors. Nothing is resized or normalised: the model does both, and
+# scales its detections back to the size of your image. Below is one photograph four times, as
+# training sees it.
 
 # %% tags=["copy-me"]
 # tutorial_lib/transforms.py
@@ -337,12 +338,14 @@ plt.show()
 # %% [markdown]
 # ## Training, validation and test
 #
-# The model learns from the training images. The validation images choose: when to stop, which
-# learning rate. The test images decide nothing. These notebooks measure on them before and after
-# training, and look at the errors, but choose nothing by them.
+# The model learns from the training images. With the validation images you choose when to stop, and
+# which learning rate to use. The test images decide nothing. These notebooks measure on them at the
+# end, and choose nothing by them.
 #
-# PyTorch's [finetuning tutorial](https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html)
-# evaluates on the test images after every epoch. The best of those results is too good.
+# PyTorch's
+# [finetuning tutorial](https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html)
+# evaluates on the test images after every epoch. The best of those results is too good, because the
+# test images chose it.
 #
 # Neighbours in file order often show the same place. A model that was trained on one has nearly
 # seen the other. So the split cuts the file order into blocks, and shuffles the blocks:
@@ -374,7 +377,7 @@ def split_dataset(
 
 
 # %% [markdown]
-# Only the training images want random flips. A `Subset` reads the dataset it was cut from, so we
+# Only the training images get random flips. A `Subset` reads the dataset it was cut from, so we
 # split two datasets. The same seed gives both the same parts:
 
 # %% tags=["nbval-ignore-output"]
@@ -394,13 +397,13 @@ for name, part in parts.items():
     print(f"{name:10} {len(part):7} {len(areas):7} {small:6} {later:12} {beside:24}")
 
 # %% [markdown]
-# Compare the parts before you trust them. Small people (COCO's word for masks under 32 × 32
-# pixels) and those added later are the difficult ones, and each part should have its share.
-# With so few, the shares differ. That is one reason why test results differ from validation results.
+# Compare the parts before you trust them. Small people (COCO's word for masks under 32 × 32 pixels)
+# and those added later are the difficult ones, and each part should have its share. With so few
+# images, the shares differ. That is one reason why test results differ from validation results.
 #
-# The last column counts images that have a training image as neighbour in file order. Blocks of
-# ten leave a few. All parts still show the same streets and campuses, so test numbers are kinder
-# than a new city would be.
+# The last column counts images that have a training image as neighbour in file order. Blocks of ten
+# leave a few. All parts still show the same streets and campuses. In a new city, expect worse
+# results.
 #
 # ## Batches of images that differ in size
 #
@@ -449,9 +452,10 @@ panels[2].legend()
 plt.show()
 
 # %% [markdown]
-# *Anchors* are boxes of fixed shapes that the model starts from, and then moves and stretches.
-# torchvision's have the ratios 0.5, 1 and 2, so many people are slimmer than any anchor. Training works
-# all the same, because near is enough. Notebook [09](09_anchors_and_backbones.ipynb) has more.
+# *Anchors* are boxes of fixed shapes. The model starts from them, then moves and stretches them.
+# torchvision's have the ratios 0.5, 1 and 2, so many people are slimmer than any anchor. Training
+# works all the same, because a rough fit is enough. Notebook [09](09_anchors_and_backbones.ipynb)
+# has more.
 #
 # Last, a good case and a difficult one. Would you have detected the smallest person?
 
@@ -478,11 +482,12 @@ plt.show()
 # 1. PennFudan's authors made boxes too, in `Annotation/NAME.txt`. They count pixels from 1 and include the last one. Do
 #    ours agree?
 #    <details><summary>Hint</summary>Read theirs with
-#    <code>re.findall(r"\((\d+), (\d+)\) - \((\d+), (\d+)\)", text)</code>.
-#    Of 423 left, top, right and bottom edges, 418, 422, 412 and 423 agree.</details>
+#    <code>re.findall(r"\((\d+), (\d+)\) - \((\d+), (\d+)\)", text)</code>. Of 423 boxes, 418 agree
+#    at the left edge, 422 at the top, 412 at the right and 423 at the bottom.</details>
 # 2. Train with `v2.RandomRotation`, but without the loose boxes.
-#    <details><summary>Hint</summary>A transform can be any function of (image, target). Compute boxes and areas again
-#    from the masks. Keep people with <code>(masks != 0).flatten(1).any(1)</code>.</details>
+#    <details><summary>Hint</summary>A transform can be any function of (image, target). Compute
+#    boxes and areas again from the masks. Keep only people who are still in the picture:
+#    <code>(masks != 0).flatten(1).any(1)</code>.</details>
 # 3. Split image by image, as most texts do. How many test images are then beside a training image?
 #    <details><summary>Hint</summary>That is <code>block=1</code>.</details>
 #    <details><summary>Solution</summary>40 of 50, at seed 0.</details>
@@ -490,7 +495,8 @@ plt.show()
 # %% [markdown]
 # ## In practice
 #
-# - Split your own data by place, day or video, not by image. Otherwise the model has nearly seen the test.
+# - Split your own data by place, day or video, not by image. Otherwise the model has nearly seen
+#   the test images.
 # - The workers of a `DataLoader` (`num_workers > 0`) import the dataset class, so define it in a `.py` file. A
 #   class from a notebook fails on macOS and Windows, and on Linux since Python 3.14. In a script, start training under
 #   `if __name__ == "__main__":`.

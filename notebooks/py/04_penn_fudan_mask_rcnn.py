@@ -15,8 +15,8 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/04_penn_fudan_mask_rcnn.ipynb)
 #
-# You run the whole job once, as for a result that you report: masks of pedestrians, the epoch chosen on
-# validation images, one look at the test images.
+# You run the whole job once, as for a result that you report. You train a model for masks of pedestrians,
+# choose the epoch on validation images, and measure once on test images.
 
 # %% [markdown]
 # ## What you'll do
@@ -32,7 +32,7 @@
 # | preset | model | epochs | time |
 # |---|---|---|---|
 # | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 1.5 min on one CPU core |
-# | `laptop` | the same, 208 to 320 pixels | 24 | 11 min on one CPU core |
+# | `laptop` | the same, 208 to 320 pixels | 24 | 15 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn`, 44.4 M, 800 pixels | 10 | a GPU; without one, smaller images and 3 epochs (not measured yet) |
 
 # %% [markdown]
@@ -51,12 +51,11 @@ if importlib.util.find_spec("tutorial_lib") is None:
 
 # %% [markdown]
 # The next cell turns the preset into plain constants. `full` takes torchvision's Mask R-CNN with a
-# ResNet-50. `quick` and `laptop` take a small model with the same parts, trained before on synthetic
-# street scenes. `quick` has synthetic images instead of the photographs. The device is CUDA where there
-# is a GPU.
+# ResNet-50. `quick` and `laptop` take a small model with the same parts, already trained on other synthetic
+# images. `quick` has synthetic images instead of the photographs. The device is CUDA where there is a GPU.
 #
-# `RUN` is the folder of the training's files. With `None` it is a new temporary folder each time, so that
-# no old run goes on by accident. For a long training, name a folder that you keep (on Colab, on your
+# `RUN` is the folder for the files of a training run. With `None` it is a new temporary folder each time,
+# so that no old run goes on by accident. For a long run, name a folder that you keep (on Colab, in your
 # Drive).
 
 # %% tags=["nbval-ignore-output"]
@@ -83,7 +82,7 @@ print(f"{BATCH_SIZE = }\n{LEARNING_RATE = }\n{SPLIT = }\n{SEED = }\n{RUN = }")
 # ## Data
 #
 # As in notebook 01: a split by seed, and random flips and colours for the training images only.
-# `in_memory=True` keeps what is decoded, about 1 MB for each photograph.
+# `in_memory=True` keeps the decoded images and masks in memory, about 1 MB for each photograph.
 
 # %%
 from torch.utils.data import DataLoader
@@ -105,9 +104,9 @@ test_loader = DataLoader(test_set, **options)
 # %% [markdown]
 # ## Before training
 #
-# `get_model` builds a model by its name, here `maskrcnn_resnet50_fpn(weights="DEFAULT", …)`. Its class
-# 1 is "person", and so is ours, so we can ask it before training (notebook 02). Three validation images,
-# with the detections of all its classes that score at least 0.5:
+# `get_model` builds a model by its name, here `maskrcnn_resnet50_fpn(weights="DEFAULT", …)`. Its class 1 is
+# "person", and so is ours. So we can ask it for people before training (notebook 02). Below are three
+# validation images, with all detections that score at least 0.5, of any class:
 
 # %%
 import matplotlib.pyplot as plt
@@ -164,8 +163,8 @@ def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
 
 
 # %% [markdown]
-# Do not forget this predictor. As long as every label is below the old number of classes, there is no
-# error: your class 1 starts from the masks of the old class 1. A larger label is an `IndexError`.
+# Do not forget this predictor. If every label is below the old number of classes, you see no error. Your
+# class 1 then starts from the masks of the old class 1. A larger label raises an `IndexError` on a CPU.
 #
 # ## Mixed precision, where it does no harm
 #
@@ -181,9 +180,9 @@ print(torch.tensor([333.0, 701.0, 755.0]).to(torch.bfloat16).tolist())
 # So the library's `use_bfloat16` changes only the backbone and the heads, where nearly all of the
 # arithmetic is. Where bfloat16 is not faster it changes nothing.
 #
-# One function builds the model, because a saved file has to be loaded into the same model. Its state dict
-# does not hold everything: torchvision sets some constants, such as BatchNorm's `eps`, by the weights
-# that you ask for.
+# One function builds the model, because a saved file has to be loaded into the same model. The file does
+# not hold everything. torchvision sets some constants, such as BatchNorm's `eps`, according to the weights
+# that you name.
 
 # %%
 from tutorial_lib.engine import use_bfloat16
@@ -205,7 +204,8 @@ new = [n for n, p in model.named_parameters() if not torch.equal(p, old[n])]
 print("new:", *new, sep="\n  ")
 
 # %% [markdown]
-# These layers are random now, whatever the scores say. The same images, with ten detections each:
+# These layers are random now, whatever the scores say. Below are the same images, with at most ten
+# detections each:
 
 # %%
 untrained = predict(model, images, device, score_threshold=0.05)
@@ -228,16 +228,16 @@ schedule = warmup_cosine(optimizer, warmup_steps=steps, total_steps=EPOCHS * ste
 
 # %% [markdown]
 # After each epoch the validation images give a loss, a box AP and a mask AP. (torchvision's models give
-# losses only in training mode. `validation_loss` uses that mode, and changes nothing in the model.) Two
-# files are written: `last.pt` after every epoch, with all that is needed to go on, and `best.pt`, the
-# model, when the mask AP is the best so far.
+# losses only in training mode. `validation_loss` uses that mode, and changes nothing in the model.) The
+# cell writes two files. It writes `last.pt` after every epoch, with all that is needed to go on. It writes
+# the model to `best.pt` when the mask AP is the best so far.
 #
-# **Interrupted?** Set `RUN` to the folder that the training cell printed, and run the notebook from the
-# top in a new kernel. The cell finds `last.pt`, and goes on after the last whole epoch. The file also
-# holds the states of the random generators. So on a CPU, with the same number of threads, the weights end
-# up the same to the last bit. (A test of this project checks it.)
+# **Interrupted?** Set `RUN` to the folder that the training cell printed, and run the notebook from the top
+# in a new kernel. The cell finds `last.pt`, and goes on after the last whole epoch. The file also holds the
+# states of the random generators. So on a CPU, with the same number of threads, the weights end up the same
+# as without the interruption, to the last bit. (A test of this project checks it.)
 #
-# A folder is for one run: with other settings, the cell asks for another.
+# A folder is for one run: with other settings, the cell asks for another folder.
 
 # %%
 import tempfile
@@ -307,14 +307,14 @@ plot_history([loss_curves, ap_curves], labels, best=best_epoch)
 plt.show()
 
 # %% [markdown]
-# When the training loss falls and the validation loss rises, the model learns the training images by
-# heart. AP and validation loss need not turn together. AP asks whether boxes fit and are ranked well. The
+# When the training loss falls and the validation loss rises, the model learns the training images by heart.
+# AP and validation loss need not turn at the same epoch. AP asks whether boxes fit and are ranked well. The
 # loss also asks how sure the model is.
 #
 # ## Where it fails
 #
 # For every person, take the detection whose mask overlaps best. Which image has the lowest mean overlap?
-# (Mask AP uses the same IoU.)
+# (The overlap is the IoU of masks, as in mask AP.)
 
 
 # %%
@@ -360,21 +360,22 @@ for name, (box, mask) in [(n, (r.box, r.mask)) for n, r in results.items()]:
     print(f"{name:30}{box.AP:8.3f}{mask.AP:9.3f}   {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# On the photographs, expect a lower AP than on validation. The epoch was chosen on the validation
-# photographs, and 20 of them are few. The split keeps neighbours in file order in one part (notebook 01).
-# Even so, all parts show the same streets and campuses. On other streets the model may do worse.
+# Compare the test AP with the validation AP of the same epoch. The validation AP is too good, because it
+# chose the epoch. But 20 photographs are few, so chance can hide this. The split keeps neighbours in file
+# order in one part (notebook 01). On other streets the model may do worse.
 #
 # torchvision's own tutorial has box AP .828 and mask AP .768, as
 # [stored at commit e17510c](https://github.com/pytorch/vision/blob/e17510c0686f74b34511425076ece59a95b4ebe4/tutorials/torchvision_finetuning_instance_segmentation.ipynb).
-# (Its output breaks off in the sixth of ten epochs; this is the fifth.) At `full` the model and its weights
-# are the same. All this differs:
+# (Its output breaks off in the sixth of ten epochs, so we quote the fifth.) At `full` the model and its
+# weights are the same. These things differ:
 #
-# - **Test photographs:** theirs are 50 too, but only 16 are the same. Many have a neighbour in training.
+# - **Test photographs:** theirs are 50 too, but only 16 are the same. Many of theirs have a neighbour in
+#   training.
 # - **Boxes:** theirs end a pixel too early, at the right and at the bottom.
 # - **Training photographs:** theirs are 120. Ours are 100, and 20 for validation.
-# - **Epoch:** they measure each one on the test photographs.
-# - **Training:** SGD at 0.005, a tenth of it after every three epochs, in float32. Flips, but no colours. A
-#   whole new mask predictor.
+# - **Epoch:** they measure every epoch on the test photographs.
+# - **Training:** theirs uses SGD in float32. The rate starts at 0.005, and is divided by ten after every
+#   three epochs. They flip images, but do not distort colours. They replace the whole mask predictor.
 
 # %% tags=["results", "nbval-ignore-output"]
 finetuned = results[f"epoch {best_epoch}, best on validation"]
@@ -401,8 +402,8 @@ plt.show()
 # ## The whole program
 #
 # This cell needs PyTorch, torchvision and tqdm, and nothing of ours. Save it as a file beside the folder
-# `PennFudanPed`, and run it. Without that folder it only defines `main`. It is short: the epoch is chosen
-# by the validation loss, and there are no test images and no `last.pt`.
+# `PennFudanPed`, and run it. Without that folder it only defines `main`. To stay short, it splits image by
+# image, and chooses the epoch by the validation loss. It has no test images and no `last.pt`.
 
 # %% tags=["copy-me"]
 # Copy me: runs alone
@@ -533,7 +534,7 @@ if __name__ == "__main__" and Path("PennFudanPed").is_dir():
 #    <details><summary>Solution</summary><code>at = [predict(best, images[:1], device, t)[0] for t in (0.1, 0.5, 0.9)]</code>, then <code>show(images[:1] * 3, at)</code></details>
 # 2. Interrupt the training in its third epoch, and go on.
 #    <details><summary>Hint</summary>In the same kernel, run the training cell again. In a new one, set <code>RUN</code>.</details>
-# 3. Double `MIN_SIZE` and `MAX_SIZE`. What do mask AP and the time of an epoch do?
+# 3. Double `MIN_SIZE` and `MAX_SIZE`. How do mask AP and the time of an epoch change?
 #    <details><summary>Hint</summary>In the settings cell: <code>MIN_SIZE = tuple(2 * size for size in MIN_SIZE)</code>.</details>
 
 # %% [markdown]
@@ -541,8 +542,8 @@ if __name__ == "__main__" and Path("PennFudanPed").is_dir():
 #
 # - This is one seed, and few test images. Notebook 06 measures the spread over seeds.
 # - bfloat16 needs no loss scaling. The float16 of older GPUs does (`torch.amp.GradScaler`).
-# - `tutorial_lib/train.py` is this run as a script, with a process for each GPU. Two processes make half as
-#   many steps on twice the images, so their numbers are not those of one:
+# - `tutorial_lib/train.py` is this run as a script, with a process for each GPU. With two processes, there
+#   are half as many steps, each on twice as many images. So the numbers differ from those of one process:
 #   `python -m torch.distributed.run --standalone --nproc-per-node 2 -m tutorial_lib.train --out runs/two`
 #
 # ## Further reading
@@ -550,4 +551,5 @@ if __name__ == "__main__" and Path("PennFudanPed").is_dir():
 # - [Mask R-CNN](https://arxiv.org/abs/1703.06870).
 # - [torchvision's reference scripts for detection](https://github.com/pytorch/vision/tree/main/references/detection).
 #
-# **Next:** [06, evaluate detections](06_evaluating_detections.ipynb), to know what these numbers forgive.
+# **Next:** [06, evaluate detections](06_evaluating_detections.ipynb), to see what these numbers do not
+# show.

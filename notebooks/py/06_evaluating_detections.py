@@ -16,7 +16,7 @@
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/06_evaluating_detections.ipynb)
 #
 # One AP hides three things: how tightly boxes and masks fit, which errors cost most, and how far the number
-# moves by chance. You train a Mask R-CNN three times, and take its AP apart by each of them.
+# moves by chance. You train a Mask R-CNN three times, and look at each of the three.
 #
 # ## What you'll do
 #
@@ -27,7 +27,7 @@
 #
 # **You need** to have trained one of torchvision's detectors, as in notebook
 # [02](02_finetuning_a_predictor.ipynb) or [04](04_penn_fudan_mask_rcnn.ipynb). On one CPU core it takes
-# 2.6 minutes at `quick` and 11 minutes at `laptop`. `full` is made for a GPU (not measured yet).
+# about 2.5 minutes at `quick` and 10 minutes at `laptop`. `full` is made for a GPU (not measured yet).
 
 # %% [markdown]
 # ## Set-up
@@ -44,8 +44,8 @@ if importlib.util.find_spec("tutorial_lib") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
-# The next cell turns the preset into plain constants. `full` takes torchvision's Mask R-CNN with a ResNet-50, `quick`
-# and `laptop` a small model with the same parts. `quick` has synthetic images instead of the photographs.
+# The next cell turns the preset into plain constants. `full` takes torchvision's Mask R-CNN with a ResNet-50. `quick`
+# and `laptop` take a small model with the same parts. `quick` has synthetic images instead of the photographs.
 # There are three seeds, because one number has no spread.
 
 # %% tags=["nbval-ignore-output"]
@@ -67,8 +67,9 @@ print(f"{LEARNING_RATE = }\n{SPLIT = }\n{SEED = }\n{SEEDS = }\n{EPOCHS = }")
 # %% [markdown]
 # ## The number to take apart
 #
-# Neighbours in file order often show the same place. So ten of them at a time stay in one part of the split. The test
-# loader has one image a batch: torchvision's models pad a batch to one size, and that changes predictions a little.
+# Images that are neighbours in file order often show the same place. So each block of ten neighbours stays in one part
+# of the split. The test loader has one image in each batch. torchvision's models pad a batch to one size, and that
+# changes predictions a little.
 
 # %%
 from torch.utils.data import DataLoader
@@ -85,7 +86,7 @@ val_loader = DataLoader(val_set, collate_fn=collate_fn)
 test_loader = DataLoader(test_set, collate_fn=collate_fn)
 
 # %% [markdown]
-# The training is that of notebook 04, shorter. The seed decides the new predictors' first weights, the order of
+# The training is that of notebook 04, but shorter. The seed decides the new predictors' first weights, the order of
 # the images, their augmentation, and which proposals are trained on.
 
 # %%
@@ -112,7 +113,7 @@ def finetuned(seed):
 
 
 # %% [markdown]
-# No epoch is chosen here. The test images choose nothing in this notebook. We only look at their results:
+# We keep the last epoch. In this notebook we choose nothing by the test images. We only look at their results:
 
 # %% tags=["nbval-ignore-output"]
 import statistics
@@ -129,7 +130,8 @@ for kind in ("box", "mask"):
     print(f"{kind:4} AP  {row}   {mean:.3f} ± {spread:.3f}")
 
 # %% [markdown]
-# Only the seed differs. The last column has the sample standard deviation. From here on, all is about the first model. These are its
+# Only the seed differs. The last column has the sample standard deviation. From here on we look at the first model.
+# These are its
 # detections with a score of at least 0.5 on three test images:
 
 # %%
@@ -147,7 +149,8 @@ plt.show()
 # ## How well does a box fit?
 #
 # Intersection over union, IoU, is the area that two boxes share, divided by the area that they
-# cover together. Here are two boxes of 40 × 80 pixels. One is moved by 10 to the right and 20 down:
+# cover together. Here are two boxes of 40 × 80 pixels. The second is the first, moved by 10 pixels to the right and 20
+# down:
 
 # %%
 truth = torch.tensor([[30.0, 10, 70, 90]])
@@ -157,7 +160,8 @@ show([paper], [{"boxes": torch.cat([truth, moved])}], columns=1, cell=(3, 3))
 plt.show()
 
 # %% [markdown]
-# They share 30 × 60 pixels. What both cover is counted once. torchvision's `box_iou` gives the IoU of every box of one set with
+# They share 30 × 60 pixels. In the area that they cover together, these pixels count once. torchvision's `box_iou`
+# gives the IoU of every box of one set with
 # every box of another.
 
 # %%
@@ -173,7 +177,8 @@ print(f"box_iou: {box_iou(truth, moved).item():.3f}")
 #
 # ## How well does a mask fit?
 #
-# It is the same fraction, over pixels. An ellipse and a cross can have the same box, and an IoU far from 1:
+# Count pixels: divide those that two masks share by those that they cover together. An ellipse and a cross can have the
+# same box, and still a mask IoU far from 1:
 
 # %%
 y, x = torch.meshgrid(torch.arange(120), torch.arange(110), indexing="ij")
@@ -215,8 +220,8 @@ show([paper] * 6, targets + predictions, ["target"] * 3 + ["detections"] * 3)
 plt.show()
 
 # %% [markdown]
-# First, matching. Take the detections in the order of their scores. Each gets the free person that it
-# fits best, if their IoU reaches a threshold. The last detection fits a person who is already matched. Such a
+# The first step is matching. Take the detections in the order of their scores. Each is matched with the free person
+# that it fits best, if the IoU reaches a threshold. The last detection fits a person who is already matched. Such a
 # duplicate is an error.
 
 
@@ -240,9 +245,10 @@ for threshold in (0.5, 0.75):
     print(f"IoU at least {threshold}: {match(threshold)}")
 
 # %% [markdown]
-# Then counting. Going down the list, *precision* is the share of the detections so far that are
+# The second step is counting. Going down the list, *precision* is the share of the detections so far that are
 # right. *Recall* is the share of all people who are detected so far. AP is the mean precision at 101 recalls,
-# 0, 0.01 … 1. At each, it takes the best precision at this recall **or beyond**, and 0 where the recall is never reached.
+# at 0, 0.01 and so on to 1. At each, take the best precision at this recall **or beyond**. Take 0 where the recall is
+# never reached.
 
 # %% tags=["copy-me"]
 # Copy me: runs alone
@@ -276,7 +282,7 @@ print(f"AP        {np.mean(by_hand):.3f}")
 # %% [markdown]
 # ## The same from pycocotools
 #
-# pycocotools, the reference, wants a dictionary in COCO's format, with boxes as x, y, width, height:
+# pycocotools is the reference. It wants a dictionary in COCO's format, with boxes as x, y, width, height:
 
 # %%
 import contextlib
@@ -364,8 +370,8 @@ print(toy.box)
 # There are no small people in the three images (under 32² pixels), so there is no AP for them. pycocotools prints -1 then. Leave
 # such a number out of every average. `evaluate` gives None, which no average takes.
 #
-# These are the twelve numbers of our model on the test images. AR1, AR10 and AR are the recalls with at most 1, 10 and 100
-# detections of an image and class:
+# These are the twelve numbers of our model on the test images. AR1, AR10 and AR are mean recalls over the IoU
+# thresholds. They count at most 1, 10 and 100 detections of an image and class:
 
 # %% tags=["nbval-ignore-output"]
 in_short = evaluate_in_short(model, test_loader)
@@ -401,9 +407,9 @@ plt.show()
 assert limits == {0.5: 13, 0.75: 5, 0.95: 1}
 
 # %% [markdown]
-# AP50 forgives a third of the person's width. That is enough to count people. AP75 forgives a seventh, and
-# 0.95, the strictest of the ten thresholds, one pixel. So AP, the mean over all ten, rises when
-# boxes become tighter, even if not one more person is detected.
+# AP50 forgives 13 pixels, a third of the person's width. That is enough to count people. AP75 forgives five pixels, an
+# eighth of the width. 0.95 is the strictest of the ten thresholds, and forgives one pixel. AP is the mean over all ten.
+# So it rises when boxes become tighter, even if no more people are detected.
 #
 # ## The precision-recall curve
 #
@@ -430,7 +436,8 @@ plt.show()
 # AP counts all detections, down to the score 0.05. An application shows only those above some
 # score, so its user sees one point of the curve. Choose that point by what an error costs. If a false
 # positive costs as much as a missed person, take the threshold with the fewest of both together. F1, the harmonic mean of precision
-# and recall, is popular, but its best threshold can be another one. A threshold is a choice, so it is made on the validation images:
+# and recall, is popular, but its best threshold can be another one. A threshold is a choice, so we make it on the
+# validation images:
 
 
 # %%
@@ -470,7 +477,7 @@ print(f"recall {right / (right + missed):.2f}")
 # ## Errors, sorted by cause
 #
 # Every detection is right, or wrong for one reason. The causes follow
-# [TIDE](https://arxiv.org/abs/2008.08115), for one class. *Poor mask* is added.
+# [TIDE](https://arxiv.org/abs/2008.08115), for one class. We add *poor mask*.
 #
 # | cause | IoU with a person |
 # |---|---|
@@ -597,13 +604,15 @@ for kind in ("box", "mask"):
     print(f"{kind:4} AP {metrics.AP:.3f}, 95 % of the picks in {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# A gain smaller than half the interval may be chance. Images of one place are alike, and the bootstrap takes them for independent. So the
-# true interval is wider. Two models tested on the same images do well or badly on the same
-# ones. Their difference varies less than either AP (exercise 3).
+# A gain smaller than half the interval's width may be chance. Images of one place are alike, but the bootstrap treats
+# them as independent. So the
+# true interval is wider. Two models often do well or badly on the same images. Then the difference of their APs varies
+# less than either AP (exercise 3).
 #
 # ## Three classic mistakes
 #
-# **Cutting by score before the evaluation.** AP counts the faint detections, too. Without them the curve ends at
+# **Cutting by score before the evaluation.** AP also counts the detections with a low score. Without them the curve
+# ends at
 # the recall of that score, and AP can only fall:
 
 # %% tags=["nbval-ignore-output"]
@@ -614,12 +623,15 @@ model.roi_heads.score_thresh = score_threshold
 print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 only {cut.mask.AP:.3f}")
 
 # %% [markdown]
-# **Choosing on the test images**, be it the epoch, the threshold or the learning rate. The best of the three seeds in the first table is
-# no honest estimate of what a fourth will give. Their mean is.
+# **Choosing on the test images.** Do not choose the epoch, the threshold or the learning rate by them. Take the three
+# seeds in the first table. Their best AP is too high an estimate of what a fourth seed will give. Their mean is an
+# honest one.
 #
-# **Leaving out what is beyond 100.** COCO counts 100 detections of an image and class. R-CNN and FCOS models give at most 100 of an
-# image, SSD 200, RetinaNet and SSDlite 300. Where an image has more objects, recall cannot reach 1. Raise
-# `box_detections_per_img` (for the others, `detections_per_img`). `evaluate` prints how many detections it did not count.
+# **Leaving out what is beyond 100.** COCO counts at most 100 detections of an image and class. R-CNN and FCOS models
+# give at most 100 for an image, SSD 200, RetinaNet and SSDlite 300. Where an image has more objects, recall cannot
+# reach 1. Raise
+# `box_detections_per_img` (for the others, `detections_per_img`). `evaluate` still counts 100 of an image and class,
+# and prints how many it did not count.
 
 # %% tags=["results", "nbval-ignore-output"]
 {"box_AP": round(result.box.AP, 4), "mask_AP": round(result.mask.AP, 4)}
@@ -628,7 +640,7 @@ print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 only {cut.mask.AP:.
 # ## Recap
 #
 # - **Match** by score, at an IoU threshold. A duplicate is an error.
-# - **Read** AP50 for detecting, AP75 and AP for fitting, boxes and masks apart.
+# - **Read** AP50 for who is detected, and AP75 and AP for how well they fit. Read box AP and mask AP apart.
 # - **Choose** the score threshold on validation images, by what each error costs you.
 # - **Rank** causes by the AP that fixing them would gain, before you change the model.
 # - **Report** a mean and spread over seeds, and an interval over test images.
@@ -638,7 +650,9 @@ print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 only {cut.mask.AP:.
 #
 # 1. Move the third detection of the three images onto the person of image 1. Work out the new AP50 on
 #    paper first.
-#    <details><summary>Hint</summary>At IoU 0.5 the detection with score 0.8 is matched with that person already, so AP50 stays as it is. Its IoU is 0.675: from 0.70 on the person is free.</details>
+#    <details><summary>Hint</summary>At IoU 0.5 the detection with score 0.8 is matched with that person already, so
+#    AP50 stays as it is. The IoU of that detection is 0.675. So from the threshold 0.70 on, the person is
+#    free.</details>
 # 2. A false positive costs you ten times what a missed person costs. Which threshold do you choose?
 #    <details><summary>Hint</summary>Call <code>errors(val_matches, t)</code> for every t in <code>candidates</code> again, and minimise 10 × wrong + missed.</details>
 # 3. Bootstrap the *difference* of two seeds' AP, with the same images for both.
@@ -657,8 +671,8 @@ print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 only {cut.mask.AP:.
 #   `scores`, and `masks` if it has them. Its numbers equal pycocotools' to 1e-9 on the random cases of the tests.
 # - It compares masks only inside their boxes, without run-length code. Notebook [10](10_making_it_fast.ipynb) measures what that saves.
 # - The evaluator of torchvision's
-#   [reference scripts](https://github.com/pytorch/vision/blob/main/references/detection/coco_utils.py) first reads the whole
-#   dataset to build its ground truth, and of a `Subset` it takes the whole dataset behind it. Ours reads
+#   [reference scripts](https://github.com/pytorch/vision/blob/main/references/detection/coco_utils.py) first reads the
+#   whole dataset to build its ground truth. For a `Subset` it reads the whole dataset behind it. Ours reads
 #   only the loader's images, once.
 # - `target["area"]`, where it is given, decides who is small. With masks it should be the mask's area, not the box's.
 # - Crowds (`iscrowd`) are neither objects nor errors in the evaluation: detections on them are ignored. torchvision's models know no

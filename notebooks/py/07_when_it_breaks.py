@@ -15,7 +15,8 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/07_when_it_breaks.ipynb)
 #
-# One call, `check_dataset`, names most of the mistakes below before any training, also those that give no message. For the rest, look up your message.
+# One call, `check_dataset`, names most of the mistakes below before any training. It also names those that give no
+# message. For the rest, look up your message.
 #
 # ## What you'll do
 #
@@ -24,7 +25,7 @@
 # - check a whole dataset with one call.
 #
 # **You need** only what the set-up installs. No data are downloaded. All presets run the same: an untrained small model
-# on made-up images, in less than a minute on one CPU core.
+# on made-up images. It takes less than a minute on one CPU core.
 
 # %% [markdown]
 # ## The messages
@@ -118,9 +119,10 @@ print(f"{MODEL = }\n{MIN_SIZE = }\n{MAX_SIZE = }\n{SEED = }")
 # %% [markdown]
 # The subject is a small Faster R-CNN for two classes (background and person), and one image with a bright "person" on noise.
 # Nothing is wrong yet, so the model gives losses. Code that should break goes into `with expect(...)`. It prints the message, and
-# fails if none came. Of a message whose wording varies, it prints only the parts that it is given.
+# fails if none came. The wording of some messages varies. Of these it prints only the parts that we give it.
 #
-# Read a traceback from below: first the message, then the lowest line of a file that **you** wrote. What you passed there is what to look at.
+# Read a traceback from below: first the message, then the lowest line of a file that **you** wrote. Look at what you
+# passed there.
 
 # %%
 import contextlib
@@ -161,10 +163,11 @@ print(*model([image], [target]))
 #
 # ### `RuntimeError: operator torchvision::nms does not exist`, `Could not run 'torchvision::nms' with arguments from the 'CUDA' backend`
 #
-# **Cause.** torchvision's compiled part was built for another PyTorch. In the first case it cannot be loaded, so nobody registered its
-# operators. Often torch was upgraded alone, or came as `+cpu` and torchvision did not
+# **Cause.** torchvision's compiled part was built for another PyTorch. In the first case it cannot be loaded, so its
+# operators are not registered. Often torch was upgraded alone. Or torch came as `+cpu`, and torchvision did not
 # ([pytorch#122494](https://github.com/pytorch/pytorch/issues/122494),
-# [vision#9085](https://github.com/pytorch/vision/issues/9085)). In the second, torch has CUDA and torchvision has not
+# [vision#9085](https://github.com/pytorch/vision/issues/9085)). In the second case, torch has CUDA and torchvision does
+# not
 # ([vision#3058](https://github.com/pytorch/vision/issues/3058)).
 #
 # **Fix.** Install both in **one** command from **one** index, in versions that belong together by the table in
@@ -190,11 +193,12 @@ print("nms of this installation keeps", kept.tolist())
 #
 # ### `TypeError: Expected input images to be of floating type (in range [0, 1])`
 #
-# **Cause.** An image as it was decoded: uint8, 0 to 255 ([hagrid#80](https://github.com/hukenovs/hagrid/issues/80)). Older versions
+# **Cause.** The image is still as it was decoded: uint8, 0 to 255
+# ([hagrid#80](https://github.com/hukenovs/hagrid/issues/80)). Older versions
 # gave NaN ([vision#3228](https://github.com/pytorch/vision/issues/3228)).
 #
-# **Fix.** `to_dtype(..., scale=True)`, or `v2.ToDtype` in a transform. It also divides by 255. Only `.float()` leaves the
-# range wrong, and **no message** says so.
+# **Fix.** Call `to_dtype(..., scale=True)`, or put `v2.ToDtype(..., scale=True)` into a transform. Both also divide
+# by 255. `.float()` alone leaves the range wrong, and **no message** says so.
 
 # %%
 from torchvision.transforms.v2.functional import to_dtype
@@ -239,7 +243,8 @@ losses = model([pixels], [target])
 #
 # ### `ValueError: images is expected to be a list of 3d tensors of shape [C, H, W]`
 #
-# **Cause.** One image without a list around it, or a list of batches. `unsqueeze(0)`, right for a classifier, makes `[1, 3, H, W]`.
+# **Cause.** The model got one image without a list around it, or a list of batches. `unsqueeze(0)` makes such a batch,
+# `[1, 3, H, W]`. That is right for a classifier.
 #
 # **Fix.** Pass a list of `[3, H, W]` images, in training and after it ([vision#1688](https://github.com/pytorch/vision/issues/1688)). They may differ in
 # size. A batched tensor `[B, 3, H, W]` happens to work, since iterating over it gives images.
@@ -263,7 +268,7 @@ with torch.no_grad():
 # boxes of one person and of two ([pytorch#1512](https://github.com/pytorch/pytorch/issues/1512)). The second message comes from targets that are lists
 # ([vision#2624](https://github.com/pytorch/vision/issues/2624)).
 #
-# **Fix.** A `collate_fn` that stacks nothing: `tuple(zip(*batch))`.
+# **Fix.** Give the loader a `collate_fn` that stacks nothing: `tuple(zip(*batch))`.
 
 # %%
 from torch.utils.data import DataLoader
@@ -285,16 +290,19 @@ print([len(target["boxes"]) for target in targets], "boxes")
 #
 # ### With `num_workers` above 0: `AttributeError: Can't pickle local object`, `An attempt has been made to start a new process …`, `Bus error`
 #
-# **Can't pickle local object** (in Python 3.13 `Can't get local object`): where workers are started afresh, everything that they need is pickled for
-# them. That is so on Windows and macOS, and from Python 3.14 on Linux. A `lambda` or a function inside a function cannot be pickled
+# **Can't pickle local object** (in Python 3.13 `Can't get local object`): some systems start each worker as a new
+# Python process. Everything that the worker needs is pickled for it. Windows and macOS do this, and Linux from Python
+# 3.14 on. A `lambda` or a function inside a function cannot be pickled
 # ([cartridges#20](https://github.com/HazyResearch/cartridges/issues/20), [CLIP#151](https://github.com/openai/CLIP/pull/151),
 # [PyTorch's forum](https://discuss.pytorch.org/t/cant-pickle-local-object-dataloader-init-locals-lambda/31857)). Write functions
 # and dataset classes at the top level of a module, not of a notebook. Or keep `num_workers=0`.
 #
-# **An attempt has been made to start a new process**: each fresh worker imports your script, which starts workers again. Put all that
-# runs under `if __name__ == "__main__":` ([tutorials#1661](https://github.com/pytorch/tutorials/issues/1661)).
+# **An attempt has been made to start a new process**: each new worker imports your script, and the script starts
+# workers again. Put all code that runs under `if __name__ == "__main__":`
+# ([tutorials#1661](https://github.com/pytorch/tutorials/issues/1661)).
 #
-# **Bus error**: workers pass tensors through shared memory, and it is full, mostly in Docker. Start the container with `--shm-size=8g` or `--ipc=host`, or lower `num_workers`
+# **Bus error**: workers pass tensors through shared memory, and it is full. This happens mostly in Docker. Start the
+# container with `--shm-size=8g` or `--ipc=host`, or lower `num_workers`
 # ([pytorch#5040](https://github.com/pytorch/pytorch/issues/5040)).
 
 # %%
@@ -320,7 +328,8 @@ print("can be pickled:", pickle.loads(pickle.dumps(collate_fn)).__name__)
 #
 # ### An image without objects: `Expected target boxes to be a tensor of shape [N, 4], got torch.Size([0])`, `Dimension out of range`, `KeyError: 'boxes'`
 #
-# **Cause.** An empty list becomes a tensor of one dimension. The first message is that of training, the second that of evaluation with targets, and of older versions
+# **Cause.** An empty list becomes a tensor of one dimension. The first message comes in training. The second comes in
+# evaluation with targets, and in older versions
 # ([vision#2192](https://github.com/pytorch/vision/issues/2192)). `KeyError: 'boxes'` comes from a target without that key. `CocoDetection`, wrapped
 # for the v2 transforms, gives one for an image without annotations ([vision#9162](https://github.com/pytorch/vision/issues/9162)).
 #
@@ -348,11 +357,13 @@ print(f"loss_box_reg {losses['loss_box_reg'].item():.0f}: there is no box to fit
 #
 # ### `AssertionError: Expected target boxes to be of type Tensor, got <class 'list'>`, `TypeError: target labels must of int64 type, instead got torch.float32`
 #
-# **Cause.** Boxes as they come from a JSON or CSV file, or from NumPy. Labels that were cut out of one float tensor with the boxes (int32 is refused as well).
+# **Cause.** The boxes are still as they came from a JSON or CSV file, or from NumPy. The labels were cut out of one
+# float tensor with the boxes. (int32 is refused as well.)
 #
 # **Fix.** Boxes are float32, labels int64. For the loss a class is an index, not a quantity. The check of labels came with
-# [vision#1091](https://github.com/pytorch/vision/pull/1091), and was soon
-# [met](https://github.com/prajjwal1/autonomous-object-detection/issues/7). We know of no thread for the first message.
+# [vision#1091](https://github.com/pytorch/vision/pull/1091), and people soon
+# [met](https://github.com/prajjwal1/autonomous-object-detection/issues/7) it. We know of no thread for the first
+# message.
 
 # %%
 from_file = [[40, 20, 60, 80, 1]]  # box and label
@@ -369,12 +380,13 @@ losses = model([image], [{"boxes": rows[:, :4], "labels": rows[:, 4].long()}])
 #
 # ### `AssertionError: All bounding boxes should have positive height and width.`
 #
-# **Cause.** The models read the last two numbers as the lower right corner. COCO's files have `x, y, width, height`: the third number
-# may be smaller than the first ([vision#2740](https://github.com/pytorch/vision/issues/2740)). Or the corners are swapped: x2, y2, x1, y1
+# **Cause.** The models read the last two numbers as the lower right corner. COCO's files have `x, y, width, height`,
+# where the third number may be smaller than the first ([vision#2740](https://github.com/pytorch/vision/issues/2740)).
+# Or the corners are swapped: x2, y2, x1, y1
 # ([vision#1120](https://github.com/pytorch/vision/issues/1120), where an older version gave a loss of NaN). Or the box has no width: see the
 # [next entry](#thin). The box in the message is in pixels of the resized image.
 #
-# **Fix.** `box_convert` for another format. Sort swapped corners.
+# **Fix.** Convert another format with `box_convert`. Sort swapped corners.
 
 # %%
 from torchvision.ops import box_convert
@@ -398,10 +410,11 @@ losses = model([image], [{"boxes": converted, "labels": labels}])
 # **Cause.** `masks_to_boxes` gives the first and the *last* pixel. So an object one pixel wide has a width of 0
 # ([vision#8793](https://github.com/pytorch/vision/issues/8793)), and every box is one pixel short
 # ([vision#4745](https://github.com/pytorch/vision/issues/4745)). Before torchvision 0.26, a mask without pixels raises the second message
-# ([vision#9346](https://github.com/pytorch/vision/issues/9346)). From 0.26 on its box is [0, 0, 1, 1] once the pixel is added.
+# ([vision#9346](https://github.com/pytorch/vision/issues/9346)). From 0.26 on there is no message: its box is
+# [0, 0, 1, 1] once the pixel is added.
 #
-# **Fix.** Add 1 to x2 and y2, as `boxes_from_masks` does. Leave out objects whose mask has no pixel. A box without size that is *not* from a mask has
-# no such remedy: leave that object out.
+# **Fix.** Add 1 to x2 and y2, as `boxes_from_masks` does. Leave out objects whose mask has no pixel. This does not help
+# a box without size that is *not* from a mask. Leave that object out.
 
 # %%
 from torchvision.ops import masks_to_boxes
@@ -423,8 +436,8 @@ print("masks with pixels:", (masks != 0).flatten(1).any(dim=1).tolist())
 #
 # ### No message: boxes in another format
 #
-# **Cause.** Near the upper left corner, `x, y, width, height` may *also* be a valid
-# `x1, y1, x2, y2`, of other pixels. The model learns them.
+# **Cause.** Near the upper left corner, `x, y, width, height` may *also* be a valid `x1, y1, x2, y2`. That is another
+# box, and the model learns it.
 #
 # **Fix.** **Look** at some images with their boxes before training. Say the format once, where boxes are read: `BoundingBoxes` carries it
 # along, and a transform converts.
@@ -452,8 +465,9 @@ plt.show()
 #
 # ### `IndexError: Target 2 is out of bounds.`, `CUDA error: device-side assert triggered`
 #
-# **Cause.** A label that is not below `num_classes`. On a CPU it is an `IndexError`. On a CUDA GPU it is the second message, often from a later, innocent
-# line, because the GPU works behind Python's back. Every use of the GPU then fails until Python is restarted
+# **Cause.** A label is not below `num_classes`. A CPU raises the `IndexError`. A CUDA GPU raises the second message. It
+# often names a later, innocent line, because Python does not wait for the GPU. Every use of the GPU then fails until
+# Python is restarted
 # ([pytorch#61329](https://github.com/pytorch/pytorch/issues/61329) has both).
 #
 # **Fix.** `num_classes` counts the background, so it is the highest label plus one. Run **one batch on the CPU first**. If it breaks only on
@@ -474,7 +488,8 @@ print(f"{num_classes = }")
 #
 # ### No message: label 0, or a negative label
 #
-# **Cause.** Classes counted from 0, as classifiers do. For Faster R-CNN, Mask R-CNN and SSD, 0 is the background: every box says *nothing here*, and the
+# **Cause.** The classes are counted from 0, as for a classifier. For Faster R-CNN, Mask R-CNN and SSD, 0 is the
+# background: every box says *nothing here*, and the
 # model detects nothing ([vision#1952](https://github.com/pytorch/vision/issues/1952)). RetinaNet and FCOS do train a class 0. Objects with a negative
 # label are ignored by Faster R-CNN and Mask R-CNN; SSD raises an `IndexError`.
 #
@@ -496,8 +511,10 @@ assert class_labels.min() >= 1 and class_labels.max() < num_classes
 #
 # ### `AssertionError: targets should not be none when in training mode`, `AttributeError: 'list' object has no attribute 'values'`
 #
-# **Cause.** The mode. In training mode a model wants targets and gives a dict of losses. In evaluation mode it gives a list of predictions and
-# ignores targets. A model is in training mode when it is built and after every training epoch, in evaluation mode after every evaluation.
+# **Cause.** The model is in the wrong mode. In training mode a model wants targets and gives a dict of losses. In
+# evaluation mode it gives a list of predictions and
+# ignores targets. A model is in training mode when it is built, and after every training epoch. It is in evaluation
+# mode after every evaluation.
 #
 # **Fix.** To predict, call `model.eval()` first. To train, call `model.train()` at the start of every epoch, and pass targets
 # ([torchstudio#43](https://github.com/TorchStudio/torchstudio/issues/43)). For a loss on validation images
@@ -526,7 +543,8 @@ assert validation_loss(model, loader, device) > 0 and not model.training  # as i
 #
 # ### `ValueError: The parameter 'num_classes' expected value 91 but got 2 instead.`, `num_classes should be None when box_predictor is specified`
 #
-# **Cause.** The number of classes is said twice. COCO's weights hold a classifier for 91 classes; older versions gave a `size mismatch` here
+# **Cause.** The number of classes is given twice. COCO's weights hold a classifier for 91 classes. Older versions gave
+# a `size mismatch` here
 # ([vision#4263](https://github.com/pytorch/vision/issues/4263), [vision#2555](https://github.com/pytorch/vision/issues/2555)). A
 # predictor of your own knows its number, too.
 #
@@ -555,7 +573,7 @@ own = FasterRCNN(coco_model.backbone, box_predictor=predictor)
 #
 # ### `ValueError: backbone should contain an attribute out_channels`
 #
-# **Cause.** The features of a classifier, put where a backbone is wanted. The heads have to know how many channels come out
+# **Cause.** You gave a classifier's features as the backbone. The heads have to know how many channels come out
 # ([pytorch#159203](https://github.com/pytorch/pytorch/issues/159203)).
 #
 # **Fix.** Set the attribute. Ask the network for the number instead of looking it up.
@@ -575,10 +593,13 @@ print(f"{trunk.out_channels = }")
 #
 # ### `AssertionError: Anchors should be Tuple[Tuple[int]] […] There needs to be a match between the number of feature maps passed and the number of sizes / aspect ratios specified.`
 #
-# **Cause.** Every feature map needs anchors of its own. The default has sizes for the five maps of an FPN, and this backbone gives one map. It shows only when
-# an image comes ([vision#3246](https://github.com/pytorch/vision/issues/3246), [vision#2947](https://github.com/pytorch/vision/issues/2947)).
+# **Cause.** Every feature map needs anchors of its own. The default has sizes for the five maps of an FPN, and this
+# backbone gives one map. The error comes only with the first image
+# ([vision#3246](https://github.com/pytorch/vision/issues/3246),
+# [vision#2947](https://github.com/pytorch/vision/issues/2947)).
 #
-# **Fix.** As many inner tuples as maps. Mind the comma: `((32, 64, 128),)` is one map with three sizes, `((32,), (64,), (128,))` three maps with one size each.
+# **Fix.** Give as many inner tuples as there are maps. Mind the comma: `((32, 64, 128),)` is one map with three sizes,
+# `((32,), (64,), (128,))` three maps with one size each.
 
 # %%
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -601,7 +622,8 @@ print(f"maps: {len(anchors.sizes)}, anchors: {anchors.num_anchors_per_location()
 #
 # **Cause.** torchvision's reference script prints this, and does not name the image. `train_one_epoch` of this project does. Look in this
 # order. The **pixels** of the images named: are they finite, and in [0, 1]? Their **boxes**: do they have a size
-# ([vision#997](https://github.com/pytorch/vision/issues/997))? Newer versions refuse boxes without one. Only then the **learning rate**
+# ([vision#997](https://github.com/pytorch/vision/issues/997))? Newer versions refuse boxes without one. Only then look
+# at the **learning rate**
 # ([maskrcnn-benchmark#721](https://github.com/facebookresearch/maskrcnn-benchmark/issues/721)).
 #
 # **Fix.** Repair the sample. Or divide the learning rate by 10, or lengthen the warm-up. Do not go on with that model: BatchNorm has the NaN
@@ -632,8 +654,9 @@ print("pixels that are not finite:", int((~torch.isfinite(broken)).sum()))
 # ### `torch.OutOfMemoryError: CUDA out of memory.`
 #
 # **Cause.** For the backward pass every layer keeps what it computed, and these models have large images
-# ([vision#1867](https://github.com/pytorch/vision/issues/1867), [pytorch#40863](https://github.com/pytorch/pytorch/issues/40863)). It needs a GPU to
-# show, but the cell counts the bytes on a CPU. If one small image is too much, `nvidia-smi` says whether another notebook fills the GPU.
+# ([vision#1867](https://github.com/pytorch/vision/issues/1867),
+# [pytorch#40863](https://github.com/pytorch/pytorch/issues/40863)). Only a GPU gives this message, but the cell counts
+# the bytes on a CPU. If one small image is too much, `nvidia-smi` says whether another notebook fills the GPU.
 #
 # **Fix.** In this order:
 #
@@ -680,8 +703,9 @@ with torch.no_grad():
 #
 # ### `AssertionError: Results do not correspond to current coco set`
 #
-# **Cause.** A result for an image that is not in the ground truth. Its `image_id` is the position in the loader, or the file's name, or `"7"` where the
-# ground truth has `7`, or of another split ([cocoapi#497](https://github.com/cocodataset/cocoapi/issues/497),
+# **Cause.** A result belongs to an image that is not in the ground truth. Its `image_id` may be the position in the
+# loader, or the file's name. It may be `"7"` where the ground truth has `7`, or come from another split
+# ([cocoapi#497](https://github.com/cocodataset/cocoapi/issues/497),
 # [ultralytics#22168](https://github.com/ultralytics/ultralytics/issues/22168)).
 #
 # **Fix.** Carry the id along in the target, and compare before you load.
@@ -720,8 +744,9 @@ print("ids that the ground truth lacks:", strangers or "none")
 # ### `Average Precision (AP) @[ IoU=0.50:0.95 | area= all | maxDets=100 ] = -1.000`
 #
 # **Cause.** -1 says that **there was nothing to measure on** ([cocoapi#594](https://github.com/cocodataset/cocoapi/issues/594)). In *all* rows: the
-# ground truth has no objects of the classes evaluated. It is a test set without annotations, or its ids do not fit. In *some* rows: there are no objects of that
-# size, which is in order. In the *first* row only: you set `params.maxDets`, and the summary looks for 100
+# ground truth has no objects of the classes evaluated. It is a test set without annotations, or its ids do not fit. In
+# *some* rows: there are no objects of that size, and nothing is wrong. In the *first* row only: you set
+# `params.maxDets`, and the summary looks for 100
 # ([cocoapi#558](https://github.com/cocodataset/cocoapi/issues/558)). A wrong box gives 0, not -1.
 #
 # **Fix.** Look at the ground truth. Leave every -1 out of averages. `evaluate` gives `None`, which cannot be averaged by mistake.
@@ -805,7 +830,8 @@ print(model.load_state_dict(torch.load(file)))
 # ## Find them all before training
 #
 # <a id="check"></a>
-# Errors come one at a time, and the silent ones never. `check_dataset` reads every sample, and says in plain English what would
+# Errors come one at a time, and some mistakes give no message. `check_dataset` reads every sample, and says in plain
+# English what would
 # fail or be learned wrongly, and what to do. A dataset can be a plain list. This one has five of the mistakes above, and one sample that is in order:
 
 # %%
@@ -827,8 +853,9 @@ print(report)
 assert {error.index for error in report.errors} == {1, 2, 3, 4, 5}
 
 # %% [markdown]
-# In a script, `raise_for_errors` stops the run before the first step. It cannot know what you meant: the box near the corner, read in the wrong
-# format, is a box like any other. Only a mask beside it gives it away. So look at pictures as well.
+# In a script, `raise_for_errors` stops the run before the first step. `check_dataset` cannot know what you meant. Read
+# in the wrong format, the box near the corner is a box like any other. Only a mask beside it shows the mistake. So look
+# at pictures as well.
 
 # %%
 with expect(ValueError, "sample 1", "sample 2", "sample 3"):
@@ -853,8 +880,10 @@ for masks in ({}, {"masks": person}):
 # ## On your own
 #
 # 1. Fix the five samples with what stands above, until `check_dataset` with `num_classes=3` raises nothing.
-#    <details><summary>Hint</summary><code>to_dtype</code>, <code>box_convert</code>, <code>boxes_from_masks</code>, and one more for the label 0. The label 2 is right with three classes.</details>
-# 2. Load a list of no results with pycocotools: `truth.loadRes([])`. When would a model give you that, and what should AP be?
+#    <details><summary>Hint</summary><code>to_dtype</code>, <code>box_convert</code>, <code>boxes_from_masks</code>, and
+#    add 1 to the label 0. The label 2 is right with three classes.</details>
+# 2. Load an empty list of results with pycocotools: `truth.loadRes([])`. When would a model give you that, and what
+#    should AP be?
 #    <details><summary>Hint</summary>After its first steps, if it detects nothing yet. AP is 0; you meet an <code>IndexError</code> instead. Compare what
 #    <code>evaluate</code> says.</details>
 # 3. Give a Mask R-CNN (`maskrcnn_mini_fpn`) a target with masks of another size than the image. Does it complain?
@@ -864,7 +893,7 @@ for masks in ({}, {"masks": person}):
 #
 # - Every message that a cell prints was raised by that cell, with torch 2.14 and torchvision 0.29. Older versions say some in other
 #   words, or not at all.
-# - torchvision's models train on objects marked `iscrowd` as on any other. Leave them out of training.
+# - torchvision's models train on objects marked `iscrowd` as on all others. Leave them out of training.
 # - When you ask for help, give the whole traceback, the output of `python -m torch.utils.collect_env`, and the shapes and types of **one** sample.
 #
 # ## Further reading

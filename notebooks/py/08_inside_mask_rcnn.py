@@ -15,7 +15,7 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/08_inside_mask_rcnn.ipynb)
 #
-# Called by hand, one after the other, the parts of a Mask R-CNN give what `model([image])` gives, and the five
+# You call the parts of a Mask R-CNN by hand, one after the other. They give what `model([image])` gives, and the five
 # losses too.
 
 # %% [markdown]
@@ -27,7 +27,7 @@
 # - compute the five training losses, and see where on the picture they come from.
 #
 # **You need** notebook [02](02_finetuning_a_predictor.ipynb), or to have used one of torchvision's detectors.
-# Nothing is trained here. On one CPU core it takes about a minute at `quick` and `laptop`. `full` is made for a
+# Nothing is trained here. On one CPU core it takes less than a minute at `quick` and `laptop`. `full` is made for a
 # GPU (not measured yet).
 
 # %% [markdown]
@@ -49,7 +49,7 @@ if importlib.util.find_spec("tutorial_lib") is None:
 # `quick` and `laptop` take a small model with the same parts. It has seen only synthetic street scenes, so it has
 # many false positives on photographs. `quick` has synthetic images instead of the photographs.
 #
-# If the preset has several sizes, this is the one of evaluation.
+# A preset may have several sizes. `MIN_SIZE` is the one that evaluation takes.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import pick_device
@@ -69,8 +69,8 @@ print(f"{MODEL = }\n{WEIGHTS = }\n{MIN_SIZE = }\n{MAX_SIZE = }\n{SEED = }")
 # ## What comes out
 #
 # The weights know several classes. "person" is number 1, as in our dataset, so we can use the model as it is.
-# We measure nothing here, so we may choose a picture in which the model does well: the one with the highest
-# score of a detection that fits a person.
+# We measure nothing here, so we may choose a picture in which the model does well: the one where a detection that fits
+# a person has the highest score.
 
 # %%
 import torch
@@ -135,7 +135,7 @@ print("the batch:  ", list(batch.tensors.shape))
 
 # %% [markdown]
 # The same by hand. Normalising subtracts ImageNet's mean of each channel and divides by its standard deviation. It
-# comes before the padding, so the padding's zeros are not black but the mean colour.
+# comes before the padding, so the padding's zeros are the mean colour, not black.
 
 # %%
 import math
@@ -154,8 +154,9 @@ by_hand[..., :height, :width] = F.interpolate(normalised, size=(height, width), 
 torch.testing.assert_close(batch.tensors, by_hand)
 
 # %% [markdown]
-# On the left are the picture, and how it lies in a batch together with another one, all at one scale. (The
-# normalisation is undone for the plot.) On the right is the top of the person, 40 pixels wide, before and after:
+# The three panels on the left are at one scale. They show the picture, and a batch of it and another one. (The
+# normalisation is undone for the plot.) The two on the right show the top of a person, 40 pixels wide, before and
+# after:
 
 # %%
 other, _ = dataset[(chosen + 1) % len(dataset)]
@@ -184,8 +185,8 @@ plt.show()
 # batch, one of `"pool"` for 64 × 64.
 #
 # The plot shows the length of each location's vector of channels. The fine levels follow outlines. The coarse ones
-# know only roughly where things are. (Bright locations at the edge need not show a thing: a convolution sees zeros
-# beyond the edge.)
+# know only roughly where things are. A bright location at the edge may show nothing: a convolution sees zeros beyond
+# the edge.
 
 # %% tags=["nbval-ignore-output"]
 features = model.backbone(batch.tensors)
@@ -215,8 +216,8 @@ plt.show()
 # gives one logit, the *objectness*, and four numbers that move the anchor.
 #
 # In the plot, the first panel has the anchors of one location in the middle of each level. The others show the best
-# objectness of each location's three anchors, as a probability. A person lights up on the levels whose anchors have
-# about their size.
+# objectness of each location's three anchors, as a probability. A person lights up on the levels whose anchors are
+# about as large as the person.
 
 # %% tags=["nbval-ignore-output"]
 objectness, deltas = model.rpn.head(maps)
@@ -289,9 +290,9 @@ for axes, title, boxes in zip(panels, titles, three, strict=True):
 plt.show()
 
 # %% [markdown]
-# After NMS an object has fewer boxes, so other objects come among the best 30. An object can still have
-# several, for two reasons. Boxes of two levels are never compared. And 0.7 is lenient, so that of two people who
-# stand close together neither is dropped.
+# After NMS an object has fewer boxes, so boxes of other objects come among the best 30. An object can still have
+# several, for two reasons. Boxes of two levels are never compared. And the threshold of 0.7 is lenient. It should keep
+# both of two people who stand close together.
 #
 # ## 4. `box_roi_pool`: the features under each proposal
 #
@@ -316,9 +317,9 @@ by_hand = roi_align(maps[first], [proposals[0][:1]], 7, 1 / strides[first], samp
 torch.testing.assert_close(pooled[:1], by_hand, rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
-# These are four proposals that lie apart. Above is the picture under them. In the middle is RoIAlign of its pixels,
-# to show how coarse 7 × 7 is. Below is the crop of the feature map, which the head gets. Of its channels the plot
-# shows only the length of their vector:
+# These are four proposals that lie apart. The top row shows the picture under them. The middle row shows RoIAlign of
+# its pixels, and how coarse 7 × 7 is. The bottom row shows what the head gets, the crop of the feature map. Of each
+# cell it shows only the length of the vector of channels:
 
 # %%
 apart = nms(proposals[0], proposal_scores[0], 0.2)[:4]
@@ -397,7 +398,8 @@ for name in expected:
 print("equal:", *sorted(expected))
 
 # %% [markdown]
-# The two best detections: the mask as predicted, pasted into the picture, and cut at 0.5. An outline cannot be finer
+# These are the two best detections. Each row shows a mask as predicted, pasted into the picture, and cut at 0.5. An
+# outline cannot be finer
 # than the 28 cells across its box, however large the picture:
 
 # %%
@@ -422,7 +424,7 @@ plt.show()
 # %% [markdown]
 # ## The whole way
 #
-# The diagram again, with the picture at every stage, and its width and height there:
+# This is the diagram again. It shows the picture at every stage, with its width and height there:
 
 # %%
 heat = features["1"][0].norm(dim=0).cpu()
@@ -447,7 +449,7 @@ plt.show()
 #
 # In training mode the same parts run, and their answers are compared with the target. First the anchors:
 #
-# - *positive* are those whose IoU with a person is at least 0.7, and the best ones of each person;
+# - *positive* are those whose IoU with a person is at least 0.7, and those with the highest IoU of each person;
 # - *negative* are those whose IoU with everybody is below 0.3;
 # - the others are ignored.
 #
@@ -485,7 +487,8 @@ plt.show()
 
 # %% [markdown]
 # `loss_objectness` is the mean cross-entropy over all sampled anchors. `loss_rpn_box_reg` looks only at the positive
-# ones. How far are their four numbers from those that move the anchor onto its person? The sum is divided by the
+# ones. It sums how far their four numbers are from those that move the anchor onto its person. The sum is divided by
+# the
 # number of all sampled anchors, negatives included.
 
 # %%
@@ -518,7 +521,7 @@ by_hand["loss_classifier"] = class_terms.mean()
 by_hand["loss_box_reg"] = box_terms[person].sum() / len(person)
 
 # %% [markdown]
-# Last the masks. For each proposal that is a person, `project_masks_on_boxes` cuts the part under it out of that
+# Last come the masks. For each proposal that is a person, `project_masks_on_boxes` cuts the part under it out of that
 # person's target mask. RoIAlign makes it 28 × 28. `loss_mask` is the mean cross-entropy of all these cells, in the
 # logits of the person's class:
 
@@ -544,7 +547,8 @@ for name, value in losses.items():
     torch.testing.assert_close(value, by_hand[name], rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# Where on the picture do they come from? For each loss of the boxes, these are the anchors or proposals with the ten
+# Where on the picture do the losses come from? For each loss of the boxes, these are the anchors or proposals with the
+# ten
 # largest terms, the largest in yellow:
 
 # %%
@@ -591,14 +595,15 @@ plt.show()
 # ## Recap
 #
 # - **Call** a part by itself: it takes tensors and gives tensors whose shapes you can print.
-# - **Compare** by hand with what the model gives: if the two agree, you have understood it.
+# - **Compare** what you compute by hand with what the model gives: if the two agree, you have understood it.
 # - **Look** inside when an answer surprises you, and plot what each part gives.
 # - **Plot** the largest terms of a loss: they show what the model, or the target, gets wrong.
 
 # %% [markdown]
 # ## On your own
 #
-# 1. Take a person that the model misses through the parts. Which part is at fault? Is there no proposal
+# 1. Find a person that the model misses, and follow them through the parts. Which part is at fault? Is there no
+#    proposal
 #    with an IoU of at least 0.5, is its score low, or does the last NMS drop it?
 #    <details><summary>Hint</summary>Take another <code>dataset[i]</code>, scale the target's boxes to the batch, and compare them with <code>box_iou</code> after each stage.</details>
 # 2. Double `MIN_SIZE` and `MAX_SIZE`. From which levels are the proposals read now, and what do the scores do?
@@ -611,7 +616,7 @@ plt.show()
 # ## In practice
 #
 # - In training mode torchvision keeps more proposals than in evaluation: 2000 and 1000, unless the model says
-#   otherwise. So a loss by hand needs `model.train()`.
+#   otherwise. So call `model.train()` before you compute a loss by hand.
 # - The losses depend on which anchors and proposals are sampled. Set the seed before you compare two of them.
 # - Methods such as `filter_proposals` and `postprocess_detections` are not documented, and may change with a version.
 #   Forward hooks on the modules do not depend on them.

@@ -15,7 +15,7 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/09_anchors_and_backbones.ipynb)
 #
-# At one budget six backbones end at very different APs, and before any training you can see which of your boxes the
+# At one budget, six backbones end at very different APs. Before any training you can see which of your boxes the
 # anchors fit.
 
 # %% [markdown]
@@ -25,8 +25,9 @@
 # - measure which of your boxes the anchors fit, and what the RPN then detects;
 # - freeze BatchNorm, freeze layers, change the image size, and measure each.
 #
-# **You need** notebook [03](03_swapping_the_backbone.ipynb): trunks, `out_channels`, why the anchors' tuples
-# nest. On one CPU core it takes about 2 minutes at `quick` and about 8 at `laptop`. `full` is made for a GPU (not
+# **You need** notebook [03](03_swapping_the_backbone.ipynb). It explains trunks, `out_channels`, and why the anchors'
+# tuples are nested. On one CPU core it takes about 2 minutes at `quick` and about 5 at `laptop`. `full` is made for a
+# GPU (not
 # measured yet).
 
 # %% [markdown]
@@ -48,8 +49,8 @@ if importlib.util.find_spec("tutorial_lib") is None:
 # `quick` and `laptop` take a small model with the same parts. `quick` has synthetic images instead of the
 # photographs.
 #
-# The questions about freezing and image size need several trainings. They are asked of the small model at every
-# preset, with `SMALL_SIZES`.
+# The questions about freezing and image size need several trainings. So every preset takes the small model for them, at
+# `SMALL_SIZES`.
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import pick_device
@@ -73,8 +74,8 @@ print(f"{BATCH_SIZE = }\n{SPLIT = }\n{RPN_EPOCHS = }\n{EPOCHS = }\n{SEED = }")
 #
 # Training six detectors takes longer than a notebook should, so the library holds what was measured. All six had the
 # same photographs, epochs, image size, batch, optimizer and seed, and all started from random weights. The split into
-# training and test images was random. (In a clone, `python -m tools.benchmarks.backbones laptop` makes
-# the table anew, and `full` does it on a GPU with ImageNet weights.)
+# training and test images was random. (In a clone, `python -m tools.benchmarks.backbones laptop` measures the table
+# again. With `full` instead of `laptop`, it does so on a GPU with ImageNet weights.)
 
 # %%
 import json
@@ -112,25 +113,27 @@ axes.margins(0.2)
 plt.show()
 
 # %% [markdown]
-# From random weights, AP says how far a backbone comes from nothing with 100 images. In
-# [Rethinking ImageNet pre-training](https://arxiv.org/abs/1811.08883) random weights catch up on all of COCO with a
-# longer training, and stay far behind with 1000 images. Notebook [03](03_swapping_the_backbone.ipynb) starts from
+# Here AP says how far a backbone gets from random weights with 100 images. In
+# [Rethinking ImageNet pre-training](https://arxiv.org/abs/1811.08883) random weights catch up with trained ones, given
+# all of COCO and a longer training. With 1000 images they stay far behind. Notebook
+# [03](03_swapping_the_backbone.ipynb) starts from
 # trained features.
 #
 # **What an AP near 0 means.** After few epochs it does not say that a backbone is bad. Most often the detector
-# has not been trained for long enough. And look at the loss: that of `mobilenet_v3_large_fpn` is like the
-# others'. Its BatchNorm moves its statistics by a hundredth in each step (`momentum=0.01`). After 150 steps, 0.99
+# has not been trained for long enough. Its loss, which `backbones.json` also holds, may look fine: that of
+# `mobilenet_v3_large_fpn` is like the others'. The BatchNorm of this backbone moves its statistics by a hundredth in
+# each step (`momentum=0.01`). After 150 steps, 0.99
 # to the power of 150, or 22 %, of their first values is still in them. Evaluation normalises with those. The
 # small models of this project use 0.1.
 #
 # ## A feature pyramid on another trunk
 #
 # A plain MobileNetV2 gives one map of 1280 channels, in which each location stands for 32 × 32 pixels. With a feature
-# pyramid (FPN) a detector gets finer maps of fewer channels. In the table that is `mobilenet_v2` beside
+# pyramid (FPN) a detector gets finer maps of fewer channels. The table has both, as `mobilenet_v2` and
 # `mobilenet_v2_fpn`.
 #
 # The pyramid needs the trunk's last features at each of four resolutions. `create_feature_extractor` takes them from
-# inside. What does each block give for a picture of 256 × 256 pixels?
+# inside the trunk. What does each block give for a picture of 256 × 256 pixels?
 
 # %%
 import torch
@@ -186,8 +189,8 @@ with torch.no_grad():
 print("by hand, torchvision's and the library's: equal")
 
 # %% [markdown]
-# Now both detectors. The one map wants one tuple of sizes, and five maps want five. RoIAlign's default takes the
-# maps "0" to "3" of a pyramid. Nothing is trained here, so the weights are random:
+# Now we build both detectors. One map needs one tuple of sizes, and five maps need five. The default RoIAlign takes the
+# maps "0" to "3" of a pyramid, so the one map needs its own. Nothing is trained here, so the weights are random:
 
 # %%
 from torchvision.models.detection import FasterRCNN
@@ -208,9 +211,10 @@ for name, model in {"one map": one_map, "with FPN": with_fpn}.items():
 # %% [markdown]
 # ## Anchors against your boxes
 #
-# The RPN can only learn to detect what some anchor comes near to. An anchor with an IoU of 0.7 or more with a box
-# counts as an object, and one under 0.3 with all boxes as background. A box that no anchor reaches 0.7 with still
-# gets its best one, however poor (`allow_low_quality_matches`). The regression then has to do the rest.
+# The RPN can learn to detect an object only if some anchor comes near it. An anchor counts as an object if its IoU with
+# a box is at least 0.7. It counts as background if its IoU with every box is under 0.3. If no anchor reaches 0.7 with a
+# box, the box still gets its best one, however poor (`allow_low_quality_matches`). The regression then has to do the
+# rest.
 #
 # So look at that best IoU for every box, before training. (`mode_kept` puts the model back into training or
 # evaluation mode, whichever it was in.)
@@ -240,8 +244,8 @@ def best_anchor_ious(model: FasterRCNN, images: Sequence[Tensor], targets: Seque
 
 
 # %% [markdown]
-# On a toy, by hand: anchors of 32 × 32 pixels are centred on (0, 0), (0, 32) …, and a box of that size lies right
-# between four of them. It shares a quarter of its area with each, which is 256 pixels. So the IoU is
+# First a toy, by hand. Anchors of 32 × 32 pixels are centred on (0, 0), (0, 32) … A box of that size lies right between
+# four of them. It shares a quarter of its area with each, which is 256 pixels. So the IoU is
 # 256 / (1024 + 1024 - 256):
 
 # %%
@@ -253,7 +257,7 @@ print(f"IoU {iou.item():.4f}")
 assert torch.isclose(iou, torch.tensor(256 / (1024 + 1024 - 256)))
 
 # %% [markdown]
-# Now the real boxes, of the **training** images, as the model sees them in evaluation:
+# Now take the real boxes of the **training** images, as the model sees them in evaluation:
 
 # %%
 from torch.utils.data import DataLoader
@@ -278,10 +282,10 @@ for images, targets in fit_loader:
 width, height = torch.cat([t["boxes"][:, 2:] - t["boxes"][:, :2] for t in resized]).T
 
 # %% [markdown]
-# An anchor of size $s$ and ratio $r$ has the area $s^2$ and the height / width $r$. So a layout that is fitted to
-# the boxes has as sizes five quantiles of $\sqrt{\text{width} \cdot \text{height}}$, one for each map. Its ratios
-# are three quantiles of height / width. That makes as many anchors as in torchvision's default, which has 32 to
-# 512 pixels and is made for images of 800.
+# An anchor of size $s$ and ratio $r$ has the area $s^2$ and the height / width $r$. So we fit a layout to the boxes.
+# Its sizes are five quantiles of $\sqrt{\text{width} \cdot \text{height}}$, one for each map. Its ratios
+# are three quantiles of height / width. It has as many anchors as torchvision's default. The default's sizes are 32 to
+# 512 pixels, made for images of 800.
 
 # %% tags=["nbval-ignore-output"]
 ratios = (height / width).quantile(torch.tensor([0.1, 0.5, 0.9]))
@@ -330,13 +334,14 @@ plt.show()
 # %% [markdown]
 # The one map and the FPN's default have anchors of the *same* shapes. They differ in where these stand: every 32
 # pixels, or every 4 for the smallest. That matters where people are small against the step. Fitting the shapes
-# brings most boxes closer still. Its price: five quantiles leave out the smallest people. A layout with smaller
+# brings most boxes closer still. But five quantiles leave out the smallest people. A layout with smaller
 # anchors fits them better.
 #
 # ## What the RPN makes of it
 #
 # Does a better layout let the RPN detect more? We train three RPNs, one for each layout, on the same features:
-# those of a trained detector, frozen. So only the anchors differ, and the maps that they stand on. The one map is
+# those of a trained detector, frozen. So they differ only in the anchors, and in the maps that these stand on. The one
+# map is
 # the pyramid's map of stride 32.
 
 # %%
@@ -381,7 +386,7 @@ for _ in range(RPN_EPOCHS):
         optimizer.step()
 
 # %% [markdown]
-# *Recall* is here the share of people that a proposal covers with an IoU of at least 0.5. We look at the first 10
+# Here *recall* is the share of people that a proposal covers with an IoU of at least 0.5. We look at the first 10
 # proposals of an image, and at 100. Which layout to take is a choice, so we measure on the validation images:
 
 # %% tags=["nbval-ignore-output"]
@@ -432,7 +437,7 @@ def freeze_batch_norm(module):
 
 
 # %% [markdown]
-# The features of an image in training mode, with both, alone and beside another image:
+# We compute the features of an image in training mode, alone and beside another image, with both kinds of BatchNorm:
 
 # %%
 from tutorial_lib.models import replace_box_predictor
@@ -495,9 +500,9 @@ report("BatchNorm frozen", frozen_norm, finetuned(frozen_norm))
 # ## `trainable_backbone_layers`
 #
 # torchvision's builders can freeze the trunk, from its entrance on. With pre-trained weights the default of a
-# ResNet is `trainable_backbone_layers=3`, which leaves `layer4`, `layer3` and `layer2` trainable; 5 is
-# everything. (Without any weights the argument is ignored, with a warning: a random trunk must not be frozen.)
-# What does each number leave?
+# ResNet is `trainable_backbone_layers=3`, which leaves `layer4`, `layer3` and `layer2` trainable. With 5, everything is
+# trainable. (Without any weights the argument is ignored, with a warning: a random trunk must not be frozen.)
+# What does each number leave trainable?
 
 # %%
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -509,8 +514,8 @@ for layers in range(6):
 
 # %% [markdown]
 # Nearly all of them are in the last two stages. So freezing the first three saves time and memory rather than
-# parameters. The small detector has no such argument. A loop over the 12 blocks of its trunk does the same. (All
-# trainable is the run of above.)
+# parameters. The small detector has no such argument. A loop over the 12 blocks of its trunk does the same. (The row
+# with all 12 is the run with trainable BatchNorm above.)
 
 # %% tags=["nbval-ignore-output"]
 report("12 blocks trainable", baseline, baseline_seconds)
@@ -522,13 +527,13 @@ for trainable in (6, 0):
 
 # %% [markdown]
 # The fewer layers are trained, the fewer a step has to go back through. What that costs or gains in AP depends on
-# how near the trunk's first training was to your images. These weights come from synthetic images. (In frozen
+# how similar the trunk's first training images are to yours. These weights come from synthetic images. (In frozen
 # blocks of this trunk BatchNorm's statistics still move. In torchvision's pre-trained ResNet-50 they are frozen
 # already.)
 #
 # ## `min_size` and `max_size`
 #
-# The shorter side of an image becomes `min_size`, unless the longer one would then exceed `max_size`; then that
+# The shorter side of an image becomes `min_size`, unless the longer one would then exceed `max_size`. Then `max_size`
 # decides. A wide picture shows it:
 
 # %%
@@ -544,7 +549,7 @@ for min_size, max_size in ((192, 384), (192, 640), (192, 1333), (800, 1333)):
 # With a `max_size` of 384 this picture's shorter side stays below the 192 that were asked for. So raise both
 # together.
 #
-# For the speed, a first batch is not counted, and the clock waits until the device has finished:
+# To measure speed, we do not count a first batch. The clock waits until the device has finished:
 
 
 # %%
@@ -566,8 +571,9 @@ def images_per_second(model, loader):
 
 
 # %% [markdown]
-# Now the detector that was trained with all blocks, at four sizes and with no further training. (`max_size` is twice
-# `min_size` here, so photographs that are long and low come out larger than above.)
+# Now we measure the detector that was trained with all blocks, at four sizes, without further training. (`max_size` is
+# twice
+# `min_size` here, so very wide photographs come out larger than above.)
 
 # %% tags=["nbval-ignore-output"]
 print(f"{'min_size':>8}{'images/s':>10}{'val AP':>8}{'best anchor IoU':>17}")
@@ -581,9 +587,9 @@ for factor in (0.5, 1, 1.5, 2):
     print(f"{size:8}{speed:10.1f}{AP:8.3f}{fit:17.3f}")
 
 # %% [markdown]
-# Twice the side is four times the pixels. The anchors mind little: their sizes double from map to map, so people twice
-# as large meet those of the next map, as long as there is one. The weights may mind more, because this detector was
-# finetuned at one size.
+# Twice the side is four times the pixels. The anchors still fit, because their sizes double from map to map. People
+# twice as large meet the anchors of the next map, as long as there is one. The weights may fit less well, because this
+# detector was finetuned at one size.
 #
 # With so few validation images, a few hundredths of AP are chance. Notebook [06](06_evaluating_detections.ipynb)
 # says how to tell. Choose a size on more images, and train at the one you choose.
@@ -603,17 +609,17 @@ for factor in (0.5, 1, 1.5, 2):
 # 1. Put the FPN on `swin_t`, and look at `feature_nodes` of it. What is the `True` in each entry?
 #    <details><summary>Hint</summary><code>from tutorial_lib.models import feature_nodes</code></details>
 #    <details><summary>Solution</summary>Swin's features are [N, H, W, C]: their channels come last, and a convolution wants them second.</details>
-# 2. Give the fitted layout two sizes on each map. How far does the mean of the best IoUs rise, and at how many
-#    more anchors?
+# 2. Give the fitted layout two sizes on each map. How far does the mean of the best IoUs rise, and how many more
+#    anchors does it take?
 #    <details><summary>Hint</summary><code>tuple((s, round(s * 1.2)) for (s,) in fitted_sizes)</code>; then <code>fit_of(detector, …)</code>.</details>
-# 3. Train with batches of one image, BatchNorm trainable and frozen. Which suffers?
+# 3. Train with batches of one image, BatchNorm trainable and frozen. Which loses more AP?
 #    <details><summary>Hint</summary>Make <code>train_loader</code> a <code>DataLoader</code> with <code>batch_size=1</code>, and halve the learning rate twice, for both.</details>
 
 # %% [markdown]
 # ## In practice
 #
 # - With pre-trained weights, the builders named `…_resnet50_fpn` freeze BatchNorm, since batches are small. Those
-#   named `_v2` do not, and neither does `ssdlite320_mobilenet_v3_large`. For MobileNetV2 it is
+#   named `_v2` do not, and neither does `ssdlite320_mobilenet_v3_large`. To freeze it in MobileNetV2, build
 #   `mobilenet_v2(weights="DEFAULT", norm_layer=FrozenBatchNorm2d)`. From random weights BatchNorm must stay
 #   trainable.
 # - `rpn_anchor_generator` decides the shape of the RPN's head. Another number of anchors at a location means a new

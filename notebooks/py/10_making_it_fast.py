@@ -15,7 +15,7 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/10_making_it_fast.ipynb)
 #
-# You start from the loop that most tutorials use, see where its time goes, and change one thing after the other.
+# You start from the classic training loop, see where its time goes, and change one thing after the other.
 # The table below says what that gained on a CPU.
 
 # %% [markdown]
@@ -101,8 +101,9 @@ print(f"\n{one['device']}, {one['threads']} threads, torch {one['torch']}, {one[
 #
 # ## The classic loop, with clocks
 #
-# The classic loop has float32, SGD and torchvision's RoIAlign. It decodes images from disk whenever they are asked
-# for, and reads every loss after every step. A GPU works on while Python goes ahead, so a clock has to wait for it.
+# The classic loop computes in float32, with SGD and torchvision's RoIAlign. It decodes images from disk whenever they
+# are asked
+# for, and reads every loss after every step. Python does not wait for a GPU, so the clock has to.
 
 # %%
 import time
@@ -190,8 +191,8 @@ def bars(values, label, fmt="%.0f"):
 bars({k: 1e3 * v / BATCHES for k, v in seconds.items()}, "milliseconds a step, on average")
 
 # %% [markdown]
-# Forward and backward take most of the time. The plot also says what a gain elsewhere can be worth: if data are a
-# tenth of a step, no trick with data saves more than a tenth.
+# Forward and backward take most of the time. The plot also says what a faster part can save. If data take a tenth of a
+# step, no trick with data saves more than a tenth.
 #
 # ## Inside a step
 #
@@ -224,9 +225,9 @@ events.sort(key=lambda event: -getattr(event, kind))
 bars({event.key[:45]: getattr(event, kind) / 1e3 for event in events[:8]}, "milliseconds of one step")
 
 # %% [markdown]
-# Names that end in `_backward` belong to the backward pass. On a CPU, convolutions and their gradients are the
-# most of it. Processors have special instructions for them, so the way to save there is to compute less. Then
-# comes RoIAlign's gradient.
+# Names that end in `_backward` belong to the backward pass. On a CPU, convolutions and their gradients take most of the
+# time. Processors have special instructions for them, so the way to save there is to compute less. RoIAlign's gradient
+# comes next.
 #
 # ## RoIAlign: sums of weighted rows of a table
 #
@@ -235,8 +236,8 @@ bars({event.key[:45]: getattr(event, kind) / 1e3 for event in events[:8]}, "mill
 # pixels, with the same weights in each channel. On a CPU, torchvision's gradient goes through these numbers one
 # by one, with one thread.
 #
-# Bag-of-words and recommender models need such sums too, of rows of a table, and PyTorch has a fast function for
-# them, `torch.nn.functional.embedding_bag`. This project's `EmbeddingBagRoIAlign` takes a feature map as a table
+# Bag-of-words and recommender models also need weighted sums, of rows of a table. PyTorch has a fast function for them,
+# `torch.nn.functional.embedding_bag`. This project's `EmbeddingBagRoIAlign` takes a feature map as a table
 # with a row for each pixel. Otherwise it is torchvision's `MultiScaleRoIAlign`. (On a GPU it *is* torchvision's,
 # which has a kernel of its own there.) These are features and boxes to compare the two on:
 
@@ -271,7 +272,7 @@ bars(best, "milliseconds for the boxes of a batch, with the gradient")
 
 # %% [markdown]
 # The numbers are the same up to rounding. (Two trainings that differ only in rounding still drift apart, and end with
-# other APs.) The library's small models have it built in. The models below have it, too.
+# other APs.) The library's small models have `EmbeddingBagRoIAlign` built in. The models below have it, too.
 #
 # ## Data: decode once
 #
@@ -292,15 +293,15 @@ for name, dataset in {"from disk": from_disk, "in memory": kept}.items():
 bars(per_sample, "milliseconds for an augmented image with its target", fmt="%.1f")
 
 # %% [markdown]
-# PennFudan's images and masks take about 1 MB each. What does not fit into memory, the `num_workers` of a
-# `DataLoader` can decode while the model computes, if there are cores to spare. Each worker has its own copy of the
-# dataset. What that has kept is lost when the epoch ends, unless the loader has `persistent_workers=True`.
+# PennFudan's images and masks take about 1 MB each. If a dataset does not fit into memory, a `DataLoader` with
+# `num_workers` can decode while the model computes. That needs cores to spare. Each worker has its own copy of the
+# dataset. What a copy has kept is lost when the epoch ends, unless the loader has `persistent_workers=True`.
 #
 # ## Padding: images of one shape in a batch
 #
 # The images of a batch become one tensor. The model scales each until its shorter side is `min_size`, or its longer
 # side `max_size` if it gets there first. Then it pads all of them to the widest and the tallest, rounded up to a
-# multiple of 32. It computes on the padding as on the rest. How much of the batches is that?
+# multiple of 32. It computes on the padding as on the rest. How much of the batches is padding?
 
 # %%
 plain = PennFudanDataset(root, get_transform(train=False), in_memory=True)
@@ -321,8 +322,8 @@ def share_of_padding(sampler, min_sizes):
 
 # %% [markdown]
 # The library's `AspectRatioBatchSampler` shuffles the images and cuts them into windows. It sorts each window by
-# aspect ratio, cuts it into batches, and shuffles the batches. With a window for each batch nothing is sorted.
-# With a single window there is least padding, but nearly the same images meet in every epoch.
+# aspect ratio, cuts it into batches, and shuffles the batches. With one window for each batch, sorting changes nothing.
+# A single window has the least padding, but then nearly the same images share a batch in every epoch.
 #
 # If every image gets a random one of several `min_size`, there is more padding. So we measure both ways:
 
@@ -341,7 +342,7 @@ bars(padding, "padding, in percent of the pixels that are computed")
 
 # %% [markdown]
 # Does AP stay? `python -m tools.benchmarks.windows` finetuned the small model as notebook 04 does, with three seeds
-# each and a random split. It took 4 epochs on photographs and 10 on synthetic images:
+# each and a random split. Each training took 4 epochs on photographs or 10 on synthetic images:
 
 # %%
 import statistics
@@ -361,14 +362,14 @@ print(f"\n{runs[0]['device']}, {runs[0]['threads']} thread, torch {runs[0]['torc
 
 # %% [markdown]
 # The first row of each group is plain shuffling, and ± is the standard deviation of the three seeds. On
-# photographs, five windows leave both APs within that spread, and took a sixth less time. On the synthetic
-# images, a single window costs mask AP 0.07, three times the spread; five windows cost 0.03, about as much as the
-# spread. In box AP the seeds differ too much to say. The library's default is five, and `tutorial_lib.train` uses
+# photographs, five windows left both APs within that spread, and took a sixth less time. On the synthetic
+# images, a single window cost 0.07 of mask AP, and the three seeds agree on that. Five windows cost 0.03, about as much as
+# their seeds differ. In box AP the seeds differ too much to tell. The library's default is five, and `tutorial_lib.train` uses
 # it. Notebook 04 shuffles plainly.
 #
 # ## Threads: not always more
 #
-# On a CPU, PyTorch shares each operation out among threads, one for each core. They wait for each other at the end of
+# On a CPU, PyTorch divides each operation among threads, one for each core. They wait for each other at the end of
 # every operation. If another program uses one of the cores, all wait for it. So time a step with one thread and with
 # all, and keep what is faster:
 
@@ -390,9 +391,9 @@ torch.set_num_threads(min(by_threads, key=by_threads.get))
 # %% [markdown]
 # ## bfloat16, where the processor has it
 #
-# bfloat16 has the range of float32, and 8 significant bits instead of 24. CPUs with AVX-512 BF16 or AMX and GPUs
-# since NVIDIA's Ampere compute faster in it. (On those GPUs "float32" is not quite that either: convolutions use
-# TF32 by default, with 11 significant bits.) `use_bfloat16` lets the backbone and the heads compute in it, and
+# bfloat16 has the range of float32, and 8 significant bits instead of 24. CPUs with AVX-512 BF16 or AMX compute faster
+# in it, and so do NVIDIA's GPUs since Ampere. (On those GPUs, float32 convolutions use TF32 by default, with 11
+# significant bits.) `use_bfloat16` lets the backbone and the heads compute in it, and
 # keeps boxes in float32. Where the device has no fast bfloat16, it leaves the model as it is.
 #
 # Both models take the same steps in turn. The first one is not counted:
@@ -417,8 +418,8 @@ for name, times in step_times.items():
     print(f"{name:9}{statistics.median(times[1:]):6.2f} s a step, first loss {first_loss[name]:.4f}")
 
 # %% [markdown]
-# The first losses are of the same batch, the same weights and the same seed. With fast bfloat16 they differ by
-# rounding, and because rounded scores may lead to other proposals. Without it, both rows are the same model.
+# The first losses come from the same batch, the same weights and the same seed. With fast bfloat16 they differ by
+# rounding. Rounded scores may also lead to other proposals. Without fast bfloat16, both rows are the same model.
 # Whether AP suffers is a question for whole trainings and several seeds. The spread that notebook
 # [06](06_evaluating_detections.ipynb) measures is the yardstick.
 #
@@ -426,8 +427,8 @@ for name, times in step_times.items():
 #
 # Mask R-CNN predicts a mask for each of up to 100 detections, and pastes it into a picture of full size. Most of
 # these detections have a score so low that nobody wants them. The model's own threshold,
-# `roi_heads.score_thresh`, is 0.05, and evaluation needs it. `predict` raises it to the one asked for while it
-# predicts, so the mask branch sees fewer boxes. The plot has medians of four:
+# `roi_heads.score_thresh`, is 0.05, and evaluation needs it. While it predicts, `predict` raises it to the threshold
+# that you ask for. So the mask branch sees fewer boxes. The plot has medians of four:
 
 # %%
 from tutorial_lib.engine import predict
@@ -445,7 +446,7 @@ for _ in range(5):
 bars({k: statistics.median(v[1:]) for k, v in inference_times.items()}, "milliseconds for an image")
 
 # %% [markdown]
-# What is above the threshold is the same, up to the rounding of convolutions that get fewer boxes at a time:
+# The detections above the threshold are the same, up to rounding: the convolutions get fewer boxes at a time.
 
 # %% tags=["nbval-ignore-output"]
 every, cut = predicted.values()
@@ -460,8 +461,8 @@ torch.testing.assert_close(every["masks"][keep], cut["masks"], rtol=0, atol=atol
 #
 # ## All together
 #
-# A loader with the library's sampler takes a part that `split_dataset` or `Subset` has cut out of a
-# `PennFudanDataset`:
+# This function makes a loader with the library's sampler. Its `part` is what `split_dataset` or `Subset` has cut out of
+# a `PennFudanDataset`:
 
 # %%
 def grouped_loader(part, batch_size, num_windows=5):
@@ -474,8 +475,8 @@ def grouped_loader(part, batch_size, num_windows=5):
 
 # %% [markdown]
 # The loop around it is notebook 02's `train_one_epoch`, which reads the losses once an epoch. AdamW in its
-# `fused` form is one call for all parameters. This is an epoch of a few batches, as it was and as it is now. (So
-# few batches are one window.)
+# `fused` form is one call for all parameters. We time an epoch of a few batches, first with the classic loop, then with
+# ours. (So few batches make one window.)
 
 # %% tags=["nbval-ignore-output"]
 from tutorial_lib.engine import train_one_epoch
@@ -545,9 +546,9 @@ for work, name in changes.items():
 # %% [markdown]
 # ## In practice
 #
-# - Reading a number from a GPU makes Python wait for it. The library's loop reads one a step, whether the loss is
-#   finite, and keeps the losses on the device until the epoch ends. Detection models ask for numbers of their own in
-#   every step, so this is one among many.
+# - Reading a number from a GPU makes Python wait for it. The library's loop reads one number in each step: whether the
+#   loss is finite. It keeps the losses on the device until the epoch ends. Detection models read numbers of their own
+#   in every step, so this is one among many.
 # - A clock in a notebook also counts what PyTorch does once: choosing kernels, reserving memory. Leave the first
 #   round out.
 # - Several single-threaded processes:

@@ -351,7 +351,7 @@ def _light(rng: np.random.Generator, image: Image.Image, ids: np.ndarray) -> Ima
 
 
 def _dusk(rng: np.random.Generator, image: Image.Image, ids: np.ndarray) -> Image.Image:
-    """The scene in the haze of dusk, which lets a sixth of the contrast through, with lamps behind it and some noise."""
+    """The scene in the haze of dusk, which lets a sixth of the contrast through, with lamps behind and some noise."""
     height, width = ids.shape
     colours = _DUSK + rng.uniform(-12, 12, _DUSK.shape)
     haze = np.stack([np.interp(np.linspace(0, 2, height), range(3), colour) for colour in colours.T], axis=1)
