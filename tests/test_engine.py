@@ -328,16 +328,17 @@ def test_predict_gives_what_the_model_gives_above_the_threshold(dataset, starter
     images = [dataset[0][0], dataset[8][0]]
     with torch.inference_mode():
         whole = starter.eval()(images)
-    found = predict(starter, images, CPU, 0.2)
+    threshold = min(prediction["scores"].max().item() for prediction in whole) - 0.01
+    found = predict(starter, images, CPU, threshold)
     assert starter.roi_heads.score_thresh == 0.05  # its own again
     for theirs, ours in zip(whole, found, strict=True):
-        keep = theirs["scores"] >= 0.2
+        keep = theirs["scores"] >= threshold
         assert 0 < keep.sum() < len(keep) and ours.keys() == {"boxes", "labels", "scores", "masks"}
         for key in theirs:  # masks of fewer detections are computed in another batch, so not to the last bit
             assert ours[key].device == CPU and not ours[key].requires_grad
             torch.testing.assert_close(theirs[key][keep], ours[key], rtol=0, atol=1e-4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (found,) = predict(starter, images[:1], CPU, 0.2)
+        (found,) = predict(starter, images[:1], CPU, 0.1)
     assert len(found["scores"]) and {found[key].dtype for key in ("boxes", "scores", "masks")} == {torch.float32}
 
 

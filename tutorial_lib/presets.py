@@ -64,7 +64,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# What `full` becomes on a CPU: 20 minutes or so for notebook 04 on 4 cores (tools/benchmarks/full_cpu.py).
+# What `full` becomes on a CPU. Notebook 04 then takes half an hour on one thread (results/full_cpu.json).
 FULL_ON_CPU = {"min_size": (400,), "max_size": 640, "epochs": 2, "scratch_epochs": 2, "long_epochs": 3}
 
 

@@ -33,7 +33,7 @@
 # |---|---|---|---|
 # | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 1.5 min on one CPU core |
 # | `laptop` | the same, 208 to 320 pixels | 24 | 15 min on one CPU core |
-# | `full` | `maskrcnn_resnet50_fpn`, 44.4 M, 800 pixels | 10 | a GPU; without one, smaller images and 3 epochs (not measured yet) |
+# | `full` | `maskrcnn_resnet50_fpn`, 44.4 M, 800 pixels | 10 | a GPU; without one, 3 epochs on smaller images, half an hour on one CPU core |
 
 # %% [markdown]
 # ## Set-up
