@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from tutorial_lib.coco_eval import bootstrap_interval, coco_metrics, compare
+from tutorial_lib.coco_eval import bootstrap_interval, class_table, coco_metrics, compare
 
 NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
 NAMES += ["AR1", "AR10", "AR", "AR_small", "AR_medium", "AR_large"]
@@ -260,6 +261,51 @@ def test_matches_name_the_pairs():
     assert matches.num_objects.tolist() == [2, 1] and not matches.ignored.any()
     alone = evaluate([(120, 120)], [target([first])], [prediction([near], [0.6])]).box.matches[1]
     assert alone.targets[:, 0].tolist() == [0, 0, 0, 0, -1, -1, -1, -1, -1, -1]  # 0.50 to 0.65
+
+
+def test_class_table_of_a_case_worked_out_on_paper():
+    """Class 1: two objects; right at 0.9, wrong at 0.8, right at 0.7. Class 2: two detections of score 0.6, one right."""
+    first, second, elsewhere = [0, 0, 50, 60], [60, 60, 100, 110], [0, 80, 40, 119]
+    truth = {"boxes": torch.tensor([first, second, first, elsewhere]).float()}
+    truth |= {"labels": torch.tensor([1, 1, 2, 4]), "iscrowd": torch.tensor([0, 0, 0, 1])}
+    found = prediction([first, elsewhere, second, elsewhere, first, first], [0.9, 0.8, 0.7, 0.6, 0.6, 0.5])
+    found["labels"] = torch.tensor([1, 1, 1, 2, 2, 3])
+    metrics = evaluate([(120, 120)], [truth], [found]).box
+    empty = {"objects": 0, "AP": None, "AP50": None, "threshold": None, "F1": None}
+    expected = [
+        {"class": "cat", "objects": 2, "AP": (51 + 50 * 2 / 3) / 101, "threshold": 0.7, "F1": 0.8},
+        {"class": "dog", "objects": 1, "AP": 0.5, "threshold": 0.6, "F1": 2 / 3},
+        {"class": "bat", **empty},  # only detections
+        {"class": "owl", **empty},  # only a crowd
+        {"class": "ant", **empty},  # neither
+    ]
+    table = class_table(metrics, ["__background__", "cat", "dog", "bat", "owl", "ant"])
+    for row, wanted in zip(table, expected, strict=True):
+        assert list(row) == ["class", "objects", "AP", "AP50", "threshold", "F1"]
+        assert row == pytest.approx({"AP50": wanted["AP"], **wanted}, abs=1e-6)
+        assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize("seed", [12, 37])
+def test_class_table_finds_the_best_of_all_thresholds(seed):
+    rng = np.random.default_rng(seed)
+    truth, found = [], []
+    for _ in range(6):
+        corners = rng.integers(0, 90, (5, 2))
+        boxes = np.concatenate([corners, corners + 20], axis=1)
+        truth.append({"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(rng.integers(1, 3, 5))})
+        moved = boxes + rng.integers(-6, 7, boxes.shape)
+        found.append(prediction(moved.tolist(), rng.integers(1, 9, 5) / 10))  # many equal scores
+        found[-1]["labels"] = torch.tensor(rng.integers(1, 3, 5))
+    for label, row in enumerate(class_table(evaluate([(120, 120)] * 6, truth, found).box, ["", "a", "b"]), 1):
+        scores = {}
+        for threshold in np.arange(1, 9) / 10:
+            kept = [{k: v[p["scores"] >= threshold - 1e-6] for k, v in p.items()} for p in found]
+            matches = evaluate([(120, 120)] * 6, truth, kept).box.matches[label]
+            right = (matches.targets[0] >= 0).sum()
+            scores[threshold] = 2 * right / (len(matches.scores) + row["objects"])
+        assert row["F1"] == pytest.approx(max(scores.values()))
+        assert scores[round(row["threshold"], 1)] == pytest.approx(row["F1"])
 
 
 @pytest.mark.parametrize("seed", [12, 37])

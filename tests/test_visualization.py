@@ -72,6 +72,30 @@ def test_boxes_lie_on_the_edges_of_their_pixels_with_names_and_scores():
     assert axes.get_xlim() == (-0.5, 29.5) and axes.get_ylim() == (19.5, -0.5)
 
 
+@pytest.mark.parametrize("size", [(200, 300), (150, 400), (400, 150)])
+def test_names_are_not_cut_off_at_any_edge(size):
+    height, width = size
+    lefts, tops = (0, width // 2 - 10, width - 20), (0, height // 2, height - 30)
+    boxes = torch.tensor([[x, y, x + 20, y + 30] for x in lefts for y in tops], dtype=torch.float32)
+    target = {"boxes": boxes, "labels": torch.ones(9, dtype=torch.int64), "scores": torch.ones(9)}
+    figure = show([grey(*size)] * 2, [target] * 2, categories=["__background__", "person"])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        inside = axes.get_window_extent().expanded(1.001, 1.001)
+        for text in axes.texts:
+            corners = text.get_window_extent().corners()
+            assert all(inside.contains(*corner) for corner in corners), (size, text.get_position())
+
+
+def test_several_classes_have_a_colour_each_and_one_class_a_colour_an_instance():
+    target = {"boxes": torch.tensor([[0.0, 0, 9, 9]] * 3), "labels": torch.tensor([1, 2, 1])}
+    for categories, same in ((["__background__", "cat", "dog"], True), (None, False)):
+        first, other, again = (
+            patch.get_edgecolor() for patch in show([grey()], [target], categories=categories).axes[0].patches
+        )
+        assert (first == again) is same and first != other
+
+
 def test_masks_colour_their_own_pixels():
     """Of a target and of a prediction, where 0.5 does not count; and of more instances than there are colours."""
     masks = torch.zeros(23, 20, 30, dtype=torch.uint8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -324,6 +325,36 @@ def coco_metrics(images: Sequence[ImageIoUs]) -> CocoResults:
         raise ValueError(f"{lacking} in their target or prediction, and others have: give all of them masks, or none")
     has_masks = not without and any(image.mask_ious.shape != (0, 0) for image in images)
     return CocoResults(_metrics(images, "box"), _metrics(images, "mask") if has_masks else None, images)
+
+
+def class_table(metrics: CocoMetrics, categories: Sequence[str]) -> list[dict[str, Any]]:
+    """What became of each class, and the score threshold that serves it best.
+
+    Args:
+        metrics: ``results.box`` or ``results.mask`` of :func:`tutorial_lib.engine.evaluate`.
+        categories: ``"__background__"`` first; label i is ``categories[i]``.
+
+    Returns:
+        A dict for each class: its name under ``"class"``; the number of ``"objects"``, crowds not counted; ``"AP"`` and
+        ``"AP50"`` in [0, 1], None without objects; and the ``"threshold"`` of the score with the best ``"F1"`` at
+        IoU 0.5, both None for a class without objects or detections.
+
+    Source: notebook 05.
+    """
+    rows, labels = [], list(metrics.matches)
+    for label, name in list(enumerate(categories))[1:]:
+        row = {"class": name, "objects": 0, "AP": None, "AP50": None, "threshold": None, "F1": None}
+        if matches := metrics.matches.get(label):
+            row["objects"] = objects = int(matches.num_objects.sum())
+            if objects:
+                row["AP"], row["AP50"] = metrics.per_class[label], metrics.precision[0, :, labels.index(label)].mean()
+            if objects and len(matches.scores):
+                counted = ~matches.ignored[0]
+                f1 = 2 * ((matches.targets[0] >= 0) & counted).cumsum() / (counted.cumsum() + objects)
+                f1[:-1][np.diff(matches.scores) == 0] = 0  # a threshold takes all detections of one score, or none
+                row["threshold"], row["F1"] = matches.scores[f1.argmax()], f1.max()
+        rows.append({key: float(value) if isinstance(value, np.floating) else value for key, value in row.items()})
+    return rows
 
 
 def bootstrap_interval(

@@ -21,13 +21,15 @@ def _draw_one(axes, image: Tensor, target: dict | None, categories: Sequence[str
     pixels = to_dtype(torch.as_tensor(image), torch.uint8, scale=True).cpu()
     target = {} if target is None else target
     boxes = torch.as_tensor(target.get("boxes", torch.zeros(0, 4))).cpu()
-    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(boxes))]
+    by_class = len(categories or ()) > 2 and "labels" in target  # the background and one class are not several
+    colours = [_COLOURS[(int(target["labels"][i]) - 1 if by_class else i) % len(_COLOURS)] for i in range(len(boxes))]
     if len(target.get("masks", ())):
         masks = torch.as_tensor(target["masks"]).cpu().reshape(-1, *pixels.shape[-2:]) > 0.5
         # One by one, the best score last: where masks overlap, one call for all leaves no colour.
         for mask, colour in reversed(list(zip(masks, colours, strict=True))):
             pixels = draw_segmentation_masks(pixels, mask, 0.45, tuple(round(255 * c) for c in colour))
     axes.imshow(pixels.permute(1, 2, 0).numpy())
+    height, width = pixels.shape[-2:]
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         # imshow puts the centre of pixel 0 at 0, so its left edge is at -0.5.
         corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
@@ -36,7 +38,11 @@ def _draw_one(axes, image: Tensor, target: dict | None, categories: Sequence[str
         score = [f"{float(target['scores'][i]):.2f}"] if "scores" in target else []
         if text := " ".join(name + score):
             box = {"facecolor": colours[i], "edgecolor": "none", "pad": 1, "alpha": 0.85}
-            axes.text(*corner, text, fontsize=8, color="white", bbox=box, va="bottom", clip_on=True)
+            # Above the box, and inside it at the image's top; from its left edge, and in the right half from its right.
+            right, top = x1 + x2 > width, y1 < 0.1 * height
+            place = {"x": min(x2, width) - 0.5 if right else max(x1, 0) - 0.5, "y": max(y1, 0) - 0.5}
+            place |= {"ha": "right" if right else "left", "va": "top" if top else "bottom"}
+            axes.text(s=text, **place, fontsize=8, color="white", bbox=box, clip_on=True)
 
 
 def show(
@@ -48,7 +54,9 @@ def show(
     categories: Sequence[str] | None = None,
     cell: tuple[float, float] = (4.2, 3.6),
 ) -> Figure:
-    """Images in a grid, with boxes and masks drawn on them, one colour an instance.
+    """Images in a grid, with boxes and masks drawn on them.
+
+    Each instance has its own colour; with ``categories`` of several classes, each class has.
 
     Args:
         images: uint8 in [0, 255] or float in [0, 1], [3, H, W], of any sizes.
