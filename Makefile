@@ -26,6 +26,7 @@ run: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval notebooks/
 

