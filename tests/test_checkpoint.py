@@ -112,9 +112,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, message, saved
 
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    """What could not be loaded is refused; Ctrl-C half-way through the file."""
+    """What could not be loaded is refused, and weights that are not finite; Ctrl-C half-way through the file."""
     path = tmp_path / "last.pt"
-    save_checkpoint(path, epoch=1)
+    save_checkpoint(path, epoch=1, history=[{"loss": np.nan}], curve={"AP": torch.tensor(np.nan)})
     for named, state in {
         "numpy": {"best": np.float64(0.5)},
         "torch.nn": {"ema": {"model": nn.Linear(1, 1)}},
@@ -127,6 +127,12 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
         file.write(b"PK")
         raise KeyboardInterrupt
 
+    for part, bad in {"0.weight": np.nan, "0.bias": -np.inf, "1.running_var": np.inf}.items():
+        model = new_parts()["model"]
+        model.state_dict()[part].view(-1)[1] = bad
+        for state in (model, model.state_dict()):
+            with pytest.raises(FloatingPointError, match=rf"last\.pt is not written: {part} is not finite"):
+                save_checkpoint(path, model=state, epoch=2)
     monkeypatch.setattr(checkpoint.torch, "save", write_a_bit)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, epoch=2)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
@@ -23,7 +24,8 @@ from tutorial_lib.engine import (
     validation_loss,
     warmup_cosine,
 )
-from tutorial_lib.offline.mini_models import maskrcnn_mini_fpn
+from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
+from tutorial_lib.offline.mini_models import fasterrcnn_mini_fpn, maskrcnn_mini_fpn
 from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.transforms import get_transform
 
@@ -87,7 +89,8 @@ class FakeLosses(nn.Module):
 
 
 def train_fake(model, count, **options):
-    batches = [((torch.zeros(3, 4, 4),), ({"image_id": 40 + i},)) for i in range(count)]
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    batches = [((torch.zeros(3, 4, 4),), ({**nothing, "image_id": 40 + i},)) for i in range(count)]
     return train_one_epoch(model, torch.optim.SGD(model.parameters(), lr=0.1), batches, CPU, **options)
 
 
@@ -198,12 +201,75 @@ def test_train_one_epoch_means_and_steps_by_hand(capsys):
         train_fake(model, 0)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_and_spares_the_weights():
-    for bad in (math.inf, -math.inf, math.nan):
-        model = FakeLosses({"a": 1.0, "b": 2.0}, {"a": 0.5, "b": bad}, {"a": 1.0, "b": 2.0})
-        with pytest.raises(FloatingPointError, match=rf"at step 2 \(a 0\.35, b {bad}\).*image_id \[41\]"):
-            train_fake(model, 3, progress=False)
+NOT_FINITE = {  # what is not, and what the message says
+    "weights": r"step 1, images with image_id \[40\]: the weights are already not finite \(weight\)",
+    "loss": r"step 2, images with image_id \[41\]: the loss is not finite \(a 0\.35, b {}\)",
+    "gradient": r"step 2, images with image_id \[41\]: the loss is finite, the gradient of \['weight'\] is not",
+}
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", NOT_FINITE)
+def test_what_is_not_finite_stops_the_training_and_spares_the_weights(where, bad):
+    model = FakeLosses({"a": 1.0, "b": 2.0}, {"a": 0.5, "b": bad if where == "loss" else 1.0}, {"a": 1.0, "b": 2.0})
+    if where == "weights":
+        model.weight.data.fill_(bad)
+    if where == "gradient":
+        steps = iter([1.0, bad])
+        model.weight.register_hook(lambda gradient: gradient * next(steps))
+    with pytest.raises(FloatingPointError, match=NOT_FINITE[where].format(bad)):
+        train_fake(model, 3, progress=False)
+    if where != "weights":
         assert model.weight.item() == pytest.approx(0.7)  # of the first step only
+
+
+@pytest.mark.parametrize("kind", ["plain", "bfloat16", "DistributedDataParallel"])
+def test_a_gradient_that_is_not_finite_leaves_a_detector_as_it_was(monkeypatch, dataset, tmp_path, kind):
+    monkeypatch.setattr(engine, "has_fast_bfloat16", lambda device: kind == "bfloat16")
+    model = wrapped = mini_model()
+    assert use_bfloat16(model, CPU) is (kind == "bfloat16")
+    model.rpn.head.cls_logits.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    if kind == "DistributedDataParallel":
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    try:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with pytest.raises(
+            FloatingPointError, match=r"the gradient of \['(module\.)?rpn\.head\.cls_logits\.weight'\] is"
+        ):
+            train_one_epoch(wrapped, optimizer, loader(Subset(dataset, [0, 1])), CPU, progress=False)
+        assert same(before, dict(model.named_parameters()))
+    finally:
+        if kind == "DistributedDataParallel":
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("missing", ["boxes", "labels", "masks"])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "wrapped"])
+def test_a_target_that_lacks_something_is_named(dataset, wrap, missing):
+    """Faster R-CNN needs no masks."""
+    image, whole = dataset[0]
+    target = {key: value for key, value in whole.items() if key != missing} | {"image_id": 17}
+    model = mini_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    with pytest.raises(ValueError, match=f"the target with image_id 17 lacks {missing}; without objects, boxes are"):
+        train_one_epoch(wrap(model), optimizer, [((image, image), (whole, target))], CPU, progress=False)
+    if missing == "masks":
+        boxes_only = fasterrcnn_mini_fpn(weights=None, num_classes=2, min_size=96, max_size=160)
+        optimizer = torch.optim.SGD(boxes_only.parameters(), lr=0.001)
+        train_one_epoch(wrap(boxes_only), optimizer, [((image,), (target,))], CPU, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [(replace_box_predictor, r"\[3, 2\] classes"), (replace_mask_predictor, r"\[2, 3\] classes")],
+)
+def test_predictors_for_different_classes_are_not_trained(dataset, replace, message):
+    model = replace(mini_model(), 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    with pytest.raises(ValueError, match=rf"box and mask predictors have {message}: replace_predictors"):
+        train_one_epoch(model, optimizer, loader(Subset(dataset, [0])), CPU, progress=False)
 
 
 # validation_loss
@@ -314,8 +380,8 @@ def test_evaluation_in_parts_needs_all_images(monkeypatch, dataset):
     def gather(parts, mine):
         parts[:] = [mine, mine]  # as if both processes had the same rank
 
-    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(engine.dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
     sampler = DistributedSampler(dataset, 2, rank=1, shuffle=False)
     with pytest.raises(ValueError, match="6 of 12 images, the first with index 0, were given to no process"):
         evaluate(Oracle(dataset), loader(dataset, sampler=sampler), CPU, progress=False)

@@ -1,8 +1,8 @@
-"""Replacing predictors, a backbone from any classification trunk, and how well anchors fit."""
+"""Replacing predictors, and a backbone from any classification trunk."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -10,7 +10,6 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 from tutorial_lib.models import (
     backbone_with_fpn,
-    best_anchor_ious,
     feature_nodes,
     replace_box_predictor,
     replace_mask_predictor,
@@ -62,13 +61,65 @@ def test_replaced_predictors_have_the_models_device_and_dtype(kind):
         assert {p.device.type if kind == "meta" else p.dtype for p in model.parameters()} == {kind}
 
 
-def test_models_that_have_other_predictors_are_named():
+@pytest.mark.parametrize("replace", [replace_predictors, replace_box_predictor, replace_mask_predictor])
+@pytest.mark.parametrize("num_classes", [-1, 0, 1])
+def test_the_background_has_to_be_counted(replace, num_classes):
+    model = maskrcnn_mini_fpn()
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=f"num_classes is {num_classes}: it counts the background too"):
+        replace(model, num_classes)
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]
+)
+def test_the_line_for_other_families_replaces_their_head(name):
+    """It is run as printed, with the model's name; then the model trains and predicts."""
+    sizes = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 64}
+    torch.manual_seed(0)
+    model = get_model(name, weights=None, weights_backbone=None, **sizes)
+    before, kind = dict(model.named_parameters()), type(model).__name__
+    with pytest.raises(TypeError, match=rf"^a {kind} has no roi_heads\.mask_predictor: ") as error:
+        replace_mask_predictor(model, 3)
+    with pytest.raises(TypeError, match=rf"^a {kind} has no roi_heads\.box_predictor: ") as error:
+        replace_predictors(model, 3)
+    line = str(error.value).splitlines()[-1].replace("NAME", repr(name))
+    exec(line, {"model": model, "get_model": get_model})
+    new = {key for key, value in model.named_parameters() if value is not before.get(key)}
+    assert new and all(key.startswith("head.classification_head.") for key in new)
+    shapes, images = [], [torch.rand(3, 64, 64)] * (2 if "lite" in name else 1)  # BatchNorm of one pixel needs two
+    model.head.register_forward_hook(lambda module, args, out: shapes.append(out["cls_logits"].shape[-1]))
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 50], [20, 9, 60, 60]]), "labels": torch.tensor([1, 2])}
+    loss = sum(model.train()(images, [target] * len(images)).values())
+    loss.backward()
+    assert torch.isfinite(loss) and all(value.grad is not None for value in model.head.parameters())
+    assert model.eval()(images)[0].keys() == {"boxes", "labels", "scores"} and shapes == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("build", "replace", "message"),
+    [
+        (fasterrcnn_mini_fpn, replace_mask_predictor, r"FasterRCNN has no roi_heads\.mask_predictor: .* mask branch"),
+        (lambda: nn.DataParallel(fasterrcnn_mini_fpn()), replace_predictors, r"DataParallel has no .* its \.module"),
+        (lambda: get_model("resnet18"), replace_box_predictor, "ResNet has no .*: give a Faster R-CNN"),
+        (lambda: get_model("swin_t"), replace_box_predictor, "SwinTransformer has no .*: give a Faster R-CNN"),
+    ],
+)
+def test_a_model_without_the_predictor_is_named(build, replace, message):
     with torch.device("meta"):
-        others = [get_model(name, weights_backbone=None) for name in ("retinanet_resnet50_fpn", "ssd300_vgg16")]
-        others.append(nn.DataParallel(fasterrcnn_mini_fpn()))
-    for model, name in zip(others, ("RetinaNet", "SSD", "DataParallel"), strict=True):
-        with pytest.raises(TypeError, match=rf"\b{name} has no roi_heads\.box_predictor"):
-            replace_predictors(model, 2)
+        model = build()
+    with pytest.raises(TypeError, match=message):
+        replace(model, 2)
+
+
+def test_keypoint_rcnn_keeps_its_keypoints():
+    with torch.device("meta"):
+        model = get_model("keypointrcnn_resnet50_fpn", weights=None, weights_backbone=None)
+    before = dict(model.named_parameters())
+    new = [key for key, value in replace_predictors(model, 3).named_parameters() if value is not before[key]]
+    assert new and all(key.startswith(BOX) for key in new)
+    assert model.roi_heads.box_predictor.cls_score.out_features == 3
 
 
 # Backbones
@@ -110,47 +161,3 @@ def test_backbone_with_fpn_says_what_a_trunk_lacks():
     for name, message in lacking.items():
         with pytest.raises(ValueError, match=f"{name} {message}"):
             backbone_with_fpn(name)
-
-
-# Anchors
-
-
-def detector(min_size: int, levels: int = 1) -> FasterRCNN:
-    """Anchors of 16 x 16 pixels stand on 0, 16, 32 …"""
-    trunk = nn.Sequential(nn.Conv2d(3, 4, kernel_size=16, stride=16), nn.BatchNorm2d(4))
-    trunk.out_channels = 4
-    anchors = AnchorGenerator(((16,),) * levels, ((1.0,),) * levels)
-    return FasterRCNN(trunk, 2, rpn_anchor_generator=anchors, min_size=min_size, max_size=64)
-
-
-def ious(model: FasterRCNN, *pairs: tuple[int, list]) -> Tensor:
-    """Of square images of these sizes with these boxes."""
-    images = [torch.rand(3, size, size) for size, _ in pairs]
-    return best_anchor_ious(model, images, [{"boxes": torch.tensor(boxes).reshape(-1, 4)} for _, boxes in pairs])
-
-
-def test_best_anchor_ious_by_hand():
-    """One box is an anchor, one is between two, one twice as wide; of another image, one is an anchor once resized."""
-    boxes, small = [[8.0, 8, 24, 24], [16, 8, 32, 24], [8, 8, 40, 24]], [[4.0, 4, 12, 12]]
-    model = detector(64).train()
-    model.backbone.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    found = ious(model, (64, []), (64, boxes), (32, small))
-    assert found.dtype == torch.float32 and not found.requires_grad
-    torch.testing.assert_close(found, torch.tensor([1, 1 / 3, 1 / 2, 1]))
-    assert ious(model, (64, [])).shape == (0,)
-    # 8 x 8 pixels share 4 x 4 with an anchor.
-    torch.testing.assert_close(ious(detector(32), (32, small)), torch.tensor([16 / (64 + 256 - 16)]))
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_best_anchor_ious_say_what_does_not_fit():
-    for images, targets in ((2, 1), (0, 0)):
-        with pytest.raises(ValueError, match=f"{images} images and {targets} targets"):
-            best_anchor_ious(detector(64), [torch.rand(3, 9, 9)] * images, [{}] * targets)
-    model = detector(64, levels=2)
-    with pytest.raises(AssertionError, match="number of feature maps"):
-        ious(model, (64, []))
-    assert model.training and model.backbone.training

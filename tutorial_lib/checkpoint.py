@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,13 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
             torch, CUDA, NumPy and Python are added under ``"random"``.
 
     Raises:
-        OSError: it cannot be written, as on a full disk. What was at ``path`` is still there.
+        OSError: it cannot be written, as on a full disk.
+        FloatingPointError: a weight or a statistic of a model, or of the ``state_dict`` of one, is not finite; the
+            message names it. Other numbers may be NaN.
         TypeError: it holds something that :func:`load_checkpoint` would refuse, such as a whole model inside
-            a dict, or a NumPy number; or a part is called ``random``. What was at ``path`` is still there.
+            a dict, or a NumPy number; or a part is called ``random``.
+
+    After each of them, what was at ``path`` is still there.
 
     Source: notebook 04.
     """
@@ -54,6 +59,9 @@ def save_checkpoint(path: str | Path, **state: Any) -> None:
     if "random" in state:
         raise TypeError("a checkpoint keeps the random generators under the name random; give that part another one")
     state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in state.items()}
+    weights = [pair for part in state.values() if isinstance(part, OrderedDict) for pair in part.items()]  # of modules
+    if bad := [name for name, value in weights if torch.is_tensor(value) and not value.isfinite().all()]:
+        raise FloatingPointError(f"{path} is not written: {bad[0]} is not finite; go on from an earlier checkpoint")
     state["random"] = _random_states()
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map
@@ -36,7 +35,7 @@ def pick_device() -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = os.environ.get("TUTORIAL_DEVICE") or next(name for name, there in available.items() if there)
     if not available.get(name):
-        there = ", ".join(name for name in available if available[name])
+        there = ", ".join(filter(available.get, available))
         raise ValueError(f"TUTORIAL_DEVICE is {name!r}; on this machine it can be {there}")
     return torch.device(name)
 
@@ -68,13 +67,8 @@ def use_bfloat16(model: nn.Module, device: torch.device) -> bool:
     """
     modules = [module for name, module in model.named_modules() if name in _BFLOAT16] * has_fast_bfloat16(device)
     for module in modules:
-        compute_in_bfloat16(module)
+        module.forward = partial(_forward_in_bfloat16, module)  # a copy of the module gets its own
     return bool(modules)
-
-
-def compute_in_bfloat16(module: nn.Module) -> None:
-    """Put a module's forward under bfloat16 autocast, in place; the tensors that it gives are float32 again."""
-    module.forward = partial(_forward_in_bfloat16, module)  # a copy of the module gets its own
 
 
 def _forward_in_bfloat16(module: nn.Module, *inputs: Any, **named: Any) -> Any:
@@ -91,6 +85,35 @@ def to_device(images: Iterable[Tensor], targets: Iterable[dict], device: torch.d
     return images, targets
 
 
+def check_targets(model: nn.Module, targets: Iterable[dict]) -> None:
+    """Refuse what torchvision's detectors would train on wrongly, or stop at without naming the image.
+
+    Raises:
+        ValueError: a target lacks ``boxes`` or ``labels``, or ``masks`` where the model has a mask predictor; the
+            message names its ``image_id``. Or box and mask predictor have different numbers of classes.
+    """
+    layers = ("box_predictor.cls_score.bias", "mask_predictor.mask_fcn_logits.bias")
+    classes = [len(bias) for name, bias in model.named_parameters() if name.endswith(layers)]
+    if len(set(classes)) > 1:
+        raise ValueError(f"box and mask predictors have {classes} classes: replace_predictors gives both one number")
+    needed = {"boxes", "labels", "masks"} if len(classes) == 2 else {"boxes", "labels"}
+    for target in targets:
+        if missing := needed - target.keys():
+            lacks = f"the target with image_id {target.get('image_id')} lacks {', '.join(sorted(missing))}"
+            raise ValueError(f"{lacks}; without objects, boxes are [0, 4], labels [0] and masks [0, H, W]")
+
+
+def why_not_finite(model: nn.Module, losses: dict[str, Tensor]) -> str:
+    """After a backward pass: what is not finite, the weights, the loss or the gradient, and what to do."""
+    values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        return f"the weights are already not finite ({bad[0]}), whatever the images: go on from an earlier checkpoint"
+    if not all(value.isfinite() for value in losses.values()):
+        return f"the loss is not finite ({values}): see check_dataset on pixels and boxes, then lower the learning rate"
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the loss is finite, the gradient of {bad[:2]} is not: try this step on a CPU; see all processes' images"
+
+
 def train_one_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -102,7 +125,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train for one pass over the loader.
 
-    The device is asked for one number a step, whether the loss is finite; the losses stay on it until the end.
+    The device is asked for one number a step, whether the loss and the norm of its gradient are finite; the losses
+    stay on it until the end.
 
     Args:
         model: maps (images, targets) to a dict of losses in training mode, as
@@ -115,12 +139,14 @@ def train_one_epoch(
         The mean of every loss, and of their sum under ``"loss"``.
 
     Raises:
-        FloatingPointError: the loss is not finite. The message names the images. The
-            parameters are those of before the step; BatchNorm's running statistics have
+        FloatingPointError: the weights, the loss or its gradient are not finite. The message says which, and
+            names the images. The parameters are those of before the step; BatchNorm's running statistics have
             seen the batch, so go on from a checkpoint.
-        ValueError: the loader gives no batches.
+        ValueError: the loader gives no batches, or :func:`check_targets` refuses one.
         torch.OutOfMemoryError: from PyTorch. Lower the batch size first, then ``min_size`` and
-            ``max_size``; in a notebook, restart the kernel (notebook 07).
+            ``max_size``. The number of objects counts too: each is compared with every anchor, and its mask has
+            one byte a pixel, so leave out or crop images of many hundreds. In a notebook, restart the kernel
+            (notebook 07).
 
     Source: notebook 02.
     """
@@ -128,17 +154,15 @@ def train_one_epoch(
     history = []
     for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
         images, targets = to_device(images, targets, device)
+        check_targets(model, targets)
         losses = model(images, targets)
         loss = sum(losses.values())
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            raise FloatingPointError(
-                f"the loss is not finite at step {len(history) + 1} ({values}) on the images with image_id "
-                f"{[target.get('image_id') for target in targets]}: look at their pixels and boxes "
-                "(tutorial_lib.checks.check_dataset does), then lower the learning rate or lengthen the warm-up"
-            )
         optimizer.zero_grad()
         loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not torch.isfinite(loss + norm):
+            where = f"step {len(history) + 1}, images with image_id {[target.get('image_id') for target in targets]}"
+            raise FloatingPointError(f"{where}: {why_not_finite(model, losses)}")
         optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()
@@ -154,8 +178,7 @@ def _seeded(device: torch.device) -> Iterator[None]:
     """Seed the CPU's generator and the device's with 0, and set both back afterwards; no other is touched."""
     of_device = {"cuda": [torch.cuda], "mps": [torch.mps]}.get(device.type, [])
     states = [module.get_rng_state() for module in (torch, *of_device)]
-    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed all devices
-    for module in of_device:
+    for module in (torch.default_generator, *of_device):  # torch.manual_seed would seed all devices
         module.manual_seed(0)
     try:
         yield
@@ -229,8 +252,8 @@ def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *,
                     raise ValueError(f"{which}: {error}") from error
     sampler = getattr(batch_sampler, "sampler", None) or getattr(data_loader, "sampler", None)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, list(zip(sampler, compared, strict=False)))
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, list(zip(sampler, compared, strict=False)))
         by_index = {index: image for part in reversed(parts) for index, image in part}
         if missing := set(range(len(sampler.dataset))) - by_index.keys():
             lost = f"{len(missing)} of {len(sampler.dataset)} images, the first with index {min(missing)}"
@@ -268,12 +291,8 @@ def predict(
         finally:
             if own_threshold is not None:
                 roi_heads.score_thresh = own_threshold
-
-    def kept(value: Tensor, scores: Tensor) -> Tensor:
-        value = value[scores >= score_threshold].cpu()
-        return value.float() if value.is_floating_point() else value
-
-    return [{name: kept(value, found["scores"]) for name, value in found.items()} for found in predictions]
+    kept = [{key: v[found["scores"] >= score_threshold].cpu() for key, v in found.items()} for found in predictions]
+    return [{key: v.float() if v.is_floating_point() else v for key, v in found.items()} for found in kept]
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from os.path import commonprefix
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,21 @@ from torchvision.models import WeightsEnum, get_model
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-from torchvision.ops import FeaturePyramidNetwork, box_iou
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+
+def _predictor(model: nn.Module, name: str, num_classes: int) -> nn.Module:
+    """The predictor of this name, or an error that says what to do with another model or number."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}: it counts the background too, so give at least 2")
+    if (found := getattr(getattr(model, "roi_heads", None), name, None)) is None:
+        advice = "give a Faster R-CNN, or for a mask branch a Mask R-CNN; of a (Distributed)DataParallel, its .module"
+        if hasattr(getattr(model, "head", None), "classification_head"):
+            new = f"get_model(NAME, weights=None, weights_backbone=None, num_classes={num_classes}).head"
+            advice = f"before .to(device), with its NAME,\nmodel.head.classification_head = {new}.classification_head"
+        raise TypeError(f"a {type(model).__name__} has no roi_heads.{name}: {advice}")
+    return found
 
 
 def replace_box_predictor(model: FasterRCNN, num_classes: int) -> FasterRCNN:
@@ -26,11 +38,13 @@ def replace_box_predictor(model: FasterRCNN, num_classes: int) -> FasterRCNN:
     Returns:
         The model. The new layers have the device and the dtype of the old ones.
 
+    Raises:
+        ValueError, TypeError: as :func:`replace_predictors`.
+
     Source: notebook 02.
     """
-    old = model.roi_heads.box_predictor.cls_score
-    new = FastRCNNPredictor(old.in_features, num_classes)
-    model.roi_heads.box_predictor = new.to(old.weight)
+    old = _predictor(model, "box_predictor", num_classes).cls_score
+    model.roi_heads.box_predictor = FastRCNNPredictor(old.in_features, num_classes).to(old.weight)
     return model
 
 
@@ -46,11 +60,13 @@ def replace_mask_predictor(model: MaskRCNN, num_classes: int) -> MaskRCNN:
     Returns:
         The model. The new layer has the device and the dtype of the old one.
 
+    Raises:
+        ValueError, TypeError: as :func:`replace_predictors`.
+
     Source: notebook 04.
     """
-    old = model.roi_heads.mask_predictor.mask_fcn_logits
-    new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1)
-    model.roi_heads.mask_predictor.mask_fcn_logits = new.to(old.weight)
+    old = _predictor(model, "mask_predictor", num_classes).mask_fcn_logits
+    model.roi_heads.mask_predictor.mask_fcn_logits = nn.Conv2d(old.in_channels, num_classes, 1).to(old.weight)
     return model
 
 
@@ -58,17 +74,18 @@ def replace_predictors(model: FasterRCNN, num_classes: int) -> FasterRCNN:
     """Replace every predictor that a Faster or Mask R-CNN has, in place: for boxes, and for masks where it has them.
 
     Args:
-        model: torchvision's Faster R-CNN or Mask R-CNN, of any backbone.
+        model: torchvision's Faster R-CNN or Mask R-CNN, of any backbone. Of a Keypoint R-CNN too the predictor for
+            boxes is replaced; that for keypoints stays, since it does not depend on the classes.
         num_classes: with the background, so 2 for people only.
 
     Raises:
-        TypeError: the model has no ``roi_heads.box_predictor``; the message says what it is.
+        ValueError: ``num_classes`` is under 2.
+        TypeError: the model has no such predictor. The message says what the model is, and for a RetinaNet, FCOS, SSD
+            or SSDlite the line that replaces its classification head, where NAME is the name that ``get_model`` has
+            for it.
 
     Source: notebooks 02 and 04.
     """
-    if not hasattr(getattr(model, "roi_heads", None), "box_predictor"):
-        need = "give a Faster or Mask R-CNN (of a DataParallel or DistributedDataParallel, its .module)"
-        raise TypeError(f"a {type(model).__name__} has no roi_heads.box_predictor: {need}")
     replace_box_predictor(model, num_classes)
     return replace_mask_predictor(model, num_classes) if model.roi_heads.has_mask() else model
 
@@ -98,24 +115,16 @@ def feature_nodes(trunk: nn.Module) -> dict[int, tuple[str, int, bool]]:
     Source: notebook 09.
     """
     train, evaluation = get_graph_node_names(trunk)
-    names = [name for name in evaluation if name in set(train)]
-    size = 256
+    blocks = {tuple(name.split(".")[:2]): name for name in evaluation if name in set(train)}  # the last node of each
     with torch.no_grad(), mode_kept(trunk):
-        outputs = create_feature_extractor(trunk.eval(), names)(torch.zeros(1, 3, size, size))
-    strides: dict[str, tuple[int, int, bool]] = {}
-    for name, output in outputs.items():
-        if isinstance(output, Tensor) and output.ndim == 4:
-            for stride in (4, 8, 16, 32):
-                cells, coarsest = (size // stride,) * 2, max((s for s, _, _ in strides.values()), default=0)
-                if stride >= coarsest and cells in (output.shape[2:], output.shape[1:3]):
-                    last = output.shape[2:] != cells
-                    strides[name] = stride, output.shape[3 if last else 1], last
+        outputs = create_feature_extractor(trunk.eval(), list(blocks.values()))(torch.zeros(1, 3, 256, 256))
     found: dict[int, tuple[str, int, bool]] = {}
-    for name, (stride, channels, last) in strides.items():
-        following = next((other for other, (s, _, _) in strides.items() if s > stride), "")
-        # With a longer common prefix it is inside the block that halves the resolution.
-        if len(commonprefix([name.split("."), following.split(".")])) < 2:
-            found[stride] = name, channels, last
+    for name, output in outputs.items():
+        for stride in (4, 8, 16, 32):
+            height_and_width, shape = (256 // stride,) * 2, getattr(output, "shape", ())
+            if len(shape) == 4 and height_and_width in (shape[2:], shape[1:3]):
+                last = shape[2:] != height_and_width
+                found[stride] = name, shape[3 if last else 1], last
     return found
 
 
@@ -124,18 +133,14 @@ class TrunkWithFPN(nn.Module):
 
     def __init__(self, trunk: nn.Module, nodes: dict[int, tuple[str, int, bool]], out_channels: int):
         super().__init__()
-        self.body = create_feature_extractor(trunk, {name: str(i) for i, (name, _, _) in enumerate(nodes.values())})
-        self.channels_last = [last for _, _, last in nodes.values()]
-        in_channels = [channels for _, channels, _ in nodes.values()]
-        self.fpn = FeaturePyramidNetwork(in_channels, out_channels, LastLevelMaxPool())
+        names, channels, self.channels_last = zip(*nodes.values(), strict=True)
+        self.body = create_feature_extractor(trunk, {name: str(i) for i, name in enumerate(names)})
+        self.fpn = FeaturePyramidNetwork(list(channels), out_channels, LastLevelMaxPool())
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = {
-            name: feature.permute(0, 3, 1, 2) if last else feature
-            for (name, feature), last in zip(self.body(images).items(), self.channels_last, strict=True)
-        }
-        return self.fpn(features)
+        maps = zip(self.body(images).items(), self.channels_last, strict=True)
+        return self.fpn({name: map.permute(0, 3, 1, 2) if last else map for (name, map), last in maps})
 
 
 def backbone_with_fpn(name: str, weights: WeightsEnum | str | None = None, out_channels: int = 256) -> TrunkWithFPN:
@@ -165,36 +170,3 @@ def backbone_with_fpn(name: str, weights: WeightsEnum | str | None = None, out_c
     if missing := [stride for stride in (4, 8, 16, 32) if stride not in nodes]:
         raise ValueError(f"{name} has no features at stride {missing}, which a pyramid needs; take another trunk")
     return TrunkWithFPN(trunk, dict(sorted(nodes.items())), out_channels)
-
-
-@torch.no_grad()
-def best_anchor_ious(model: FasterRCNN, images: Sequence[Tensor], targets: Sequence[dict]) -> Tensor:
-    """How well the anchors fit: for every ground-truth box its IoU with the closest anchor.
-
-    The IoU is taken in the resized image, where the anchors are, so it depends on ``min_size`` and
-    ``max_size`` too, and on nothing that is trained.
-
-    Args:
-        model: torchvision's Faster or Mask R-CNN, or another with ``transform``, ``backbone`` and
-            ``rpn.anchor_generator``. It is left in the mode it was in.
-        images: float32 [3, H, W] in [0, 1], of any sizes, on the model's device.
-        targets: one for each image; only ``boxes``, float32 [N, 4] XYXY in the image's pixels, is read.
-
-    Returns:
-        float32 [all N together] in [0, 1], in the order of the images and of their boxes.
-
-    Raises:
-        ValueError: there are no images, or not as many targets as images.
-        AssertionError: from torchvision; the anchors do not have one tuple of sizes for each feature map.
-
-    Source: notebook 09.
-    """
-    if not images or len(images) != len(targets):
-        raise ValueError(f"{len(images)} images and {len(targets)} targets: give one target for each image")
-    with mode_kept(model):
-        model.eval()
-        batch, resized = model.transform(list(images), [{"boxes": target["boxes"]} for target in targets])
-        features = model.backbone(batch.tensors)
-        maps = [features] if isinstance(features, Tensor) else list(features.values())
-        anchors = model.rpn.anchor_generator(batch, maps)
-    return torch.cat([box_iou(t["boxes"], a).amax(dim=1) for t, a in zip(resized, anchors, strict=True)])

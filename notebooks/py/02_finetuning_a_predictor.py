@@ -13,8 +13,6 @@
 # %% [markdown]
 # # Finetune a predictor: Faster R-CNN learns a new set of classes
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/02_finetuning_a_predictor.ipynb)
-#
 # You take a detector that was trained on other pictures, replace its last layer, and train it on 100
 # photographs of pedestrians.
 #
@@ -38,9 +36,10 @@
 # %% tags=["set-up"]
 import importlib.util
 
-ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
+ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
@@ -311,7 +310,7 @@ plt.show()
 # ## The loop
 #
 # `train_one_epoch` takes the step above for each batch, and then a step of the schedule. It stops when the loss
-# is not finite, because one such step spoils every weight.
+# or its gradient is not finite, because one such step spoils every weight.
 
 # %% tags=["copy-me"]
 # tutorial_lib/engine.py
@@ -346,17 +345,15 @@ def train_one_epoch(
     history = []
     for images, targets in tqdm(data_loader, file=sys.stdout, leave=False, disable=not progress):
         images, targets = to_device(images, targets, device)
+        check_targets(model, targets)
         losses = model(images, targets)
         loss = sum(losses.values())
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            raise FloatingPointError(
-                f"the loss is not finite at step {len(history) + 1} ({values}) on the images with image_id "
-                f"{[target.get('image_id') for target in targets]}: look at their pixels and boxes "
-                "(tutorial_lib.checks.check_dataset does), then lower the learning rate or lengthen the warm-up"
-            )
         optimizer.zero_grad()
         loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not torch.isfinite(loss + norm):
+            where = f"step {len(history) + 1}, images with image_id {[target.get('image_id') for target in targets]}"
+            raise FloatingPointError(f"{where}: {why_not_finite(model, losses)}")
         optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()
@@ -365,6 +362,29 @@ def train_one_epoch(
         raise ValueError("data_loader gives no batches: it is empty, or drop_last leaves nothing of it")
     means = torch.stack(history).mean(dim=0).tolist()
     return dict(zip(["loss", *losses], means, strict=True))
+
+
+# The two checks of the loop:
+def check_targets(model: nn.Module, targets: Iterable[dict]) -> None:
+    layers = ("box_predictor.cls_score.bias", "mask_predictor.mask_fcn_logits.bias")
+    classes = [len(bias) for name, bias in model.named_parameters() if name.endswith(layers)]
+    if len(set(classes)) > 1:
+        raise ValueError(f"box and mask predictors have {classes} classes: replace_predictors gives both one number")
+    needed = {"boxes", "labels", "masks"} if len(classes) == 2 else {"boxes", "labels"}
+    for target in targets:
+        if missing := needed - target.keys():
+            lacks = f"the target with image_id {target.get('image_id')} lacks {', '.join(sorted(missing))}"
+            raise ValueError(f"{lacks}; without objects, boxes are [0, 4], labels [0] and masks [0, H, W]")
+
+
+def why_not_finite(model: nn.Module, losses: dict[str, Tensor]) -> str:
+    values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        return f"the weights are already not finite ({bad[0]}), whatever the images: go on from an earlier checkpoint"
+    if not all(value.isfinite() for value in losses.values()):
+        return f"the loss is not finite ({values}): see check_dataset on pixels and boxes, then lower the learning rate"
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the loss is finite, the gradient of {bad[:2]} is not: try this step on a CPU; see all processes' images"
 
 
 # %% [markdown]

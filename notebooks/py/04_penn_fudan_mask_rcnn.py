@@ -13,8 +13,6 @@
 # %% [markdown]
 # # Train Mask R-CNN on PennFudan, from zero-shot to a saved model
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/04_penn_fudan_mask_rcnn.ipynb)
-#
 # You run the whole job once, as for a result that you report. You train a model for masks of pedestrians,
 # choose the epoch on validation images, and measure once on test images.
 
@@ -44,9 +42,10 @@
 # %% tags=["set-up"]
 import importlib.util
 
-ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
+ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
@@ -150,7 +149,8 @@ print(*dict(heads.mask_predictor.named_children()))
 # the last:
 
 # %% tags=["copy-me"]
-# tutorial_lib/models.py
+# Copy me: runs alone
+# (tutorial_lib/models.py also checks the model and num_classes.)
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 

@@ -13,8 +13,6 @@
 # %% [markdown]
 # # Choose anchors and a backbone by measuring them
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/09_anchors_and_backbones.ipynb)
-#
 # At one budget, six backbones end at very different APs. Before any training you can see which of your boxes the
 # anchors fit.
 
@@ -39,9 +37,10 @@
 # %% tags=["set-up"]
 import importlib.util
 
-ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
+ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
@@ -216,17 +215,17 @@ for name, model in {"one map": one_map, "with FPN": with_fpn}.items():
 # box, the box still gets its best one, however poor (`allow_low_quality_matches`). The regression then has to do the
 # rest.
 #
-# So look at that best IoU for every box, before training. (`mode_kept` puts the model back into training or
+# So look at that best IoU for every box, before training. (The function leaves each module in training or
 # evaluation mode, whichever it was in.)
 
-# %%
-# tutorial_lib/models.py
+# %% tags=["copy-me"]
+# Copy me: runs alone
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
-
-from tutorial_lib.models import mode_kept
 
 
 @torch.no_grad()
@@ -234,12 +233,16 @@ def best_anchor_ious(model: FasterRCNN, images: Sequence[Tensor], targets: Seque
     """For every ground-truth box its IoU with the closest anchor, in the resized image."""
     if not images or len(images) != len(targets):
         raise ValueError(f"{len(images)} images and {len(targets)} targets: give one target for each image")
-    with mode_kept(model):
+    modes = [(module, module.training) for module in model.modules()]
+    try:
         model.eval()
         batch, resized = model.transform(list(images), [{"boxes": target["boxes"]} for target in targets])
         features = model.backbone(batch.tensors)
         maps = [features] if isinstance(features, Tensor) else list(features.values())
         anchors = model.rpn.anchor_generator(batch, maps)
+    finally:
+        for module, training in modes:
+            module.training = training
     return torch.cat([box_iou(t["boxes"], a).amax(dim=1) for t, a in zip(resized, anchors, strict=True)])
 
 
@@ -255,6 +258,10 @@ box = {"boxes": torch.tensor([[32.0, 32, 64, 64]])}
 iou = best_anchor_ious(toy, [picture[0]], [box])
 print(f"IoU {iou.item():.4f}")
 assert torch.isclose(iou, torch.tensor(256 / (1024 + 1024 - 256)))
+
+# The model enlarges an image of half the size, and its boxes.
+small = best_anchor_ious(toy, [picture[0, :, ::2, ::2]], [{"boxes": box["boxes"] / 2}])
+assert torch.isclose(small, iou) and toy.training
 
 # %% [markdown]
 # Now take the real boxes of the **training** images, as the model sees them in evaluation:
