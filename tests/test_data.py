@@ -1,6 +1,8 @@
 """Boxes from masks, images from files, the split and the batches."""
 
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,14 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tutorial_lib.data import AspectRatioBatchSampler, boxes_from_masks, collate_fn, read_image, split_dataset
+from tutorial_lib.data import (
+    AspectRatioBatchSampler,
+    DetectionDataset,
+    boxes_from_masks,
+    collate_fn,
+    read_image,
+    split_dataset,
+)
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8))
 
@@ -28,16 +37,64 @@ def test_boxes_from_masks_by_hand(dtype):
 # Images from files
 
 
-@pytest.mark.parametrize("kept_as", ["RGB", "L", "P", "1", "RGBA", "LA", "I;16"])
+@pytest.mark.parametrize("kept_as", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
 def test_read_image_is_pillows_image(tmp_path, kept_as):
-    path = tmp_path / "picture.png"
-    grey = Image.fromarray(np.asarray(PICTURE.convert("L"), np.uint16) * 200)
-    (grey if kept_as == "I;16" else PICTURE.convert(kept_as)).save(path)
+    path = tmp_path / ("picture.tif" if kept_as == "CMYK" else "picture.png")
+    PICTURE.convert(kept_as).save(path)
     for mode in (None, "RGB"):
         with Image.open(path) as image:
             assert image.mode == kept_as
             expected = np.array(image.convert(mode) if mode else image).reshape(10, 12, -1)
         assert np.array_equal(read_image(path, mode).permute(1, 2, 0), expected)
+
+
+GREY = np.asarray(PICTURE.convert("L")).astype(np.int64)
+DEEP = {  # values, the mode of the file, and its suffix
+    "16 bits": ((GREY * 12 + 300).astype(np.uint16), "I;16", "png"),
+    "16 bits, of another byte order": ((GREY * 12 + 300).astype(">u2"), "I;16B", "tif"),
+    "32 bits": ((GREY * 70_000 - 9_000_000).astype(np.int32), "I", "tif"),
+    "floats": ((GREY / 255 - 0.5).astype(np.float32), "F", "tif"),
+    "large floats": ((GREY * 1e36).astype(np.float32), "F", "tif"),
+}
+
+
+@pytest.mark.parametrize(("values", "mode", "suffix"), DEEP.values(), ids=DEEP.keys())
+def test_deep_pixels_are_scaled_and_never_cut_off(tmp_path, values, mode, suffix):
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(values).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode
+    assert np.array_equal(read_image(path)[0], values)  # ids stay as they are
+    expected, scaled = (GREY - GREY.min()) * 255 / np.ptp(GREY), read_image(path, "RGB")
+    assert scaled.dtype == torch.uint8 and len(scaled) == 3 and abs(scaled - expected).max() < 0.501
+    if suffix == "png":  # a TIFF file's own note is followed by Pillow, or not
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(values).save(path, exif=exif)
+        assert np.array_equal(read_image(path, "RGB"), scaled.rot90(-1, (1, 2)))
+        assert np.array_equal(read_image(path, "RGB", turned=False), scaled)
+    Image.fromarray(np.full_like(values, values[0, 0])).save(path)
+    assert read_image(path, "RGB").sum() == 0
+
+
+def test_colours_of_16_bits_are_read_as_8(tmp_path):
+    """By Pillow, which cannot write them."""
+    colours = np.random.default_rng(0).integers(0, 65536, (10, 12, 3), dtype=np.uint16)
+    body = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    header = struct.pack(">IIBBBBB", 12, 10, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(b)) + name + b + struct.pack(">I", zlib.crc32(name + b)) for name, b in chunks]
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    assert np.array_equal(read_image(tmp_path / "picture.png", "RGB").permute(1, 2, 0), colours >> 8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_floats_that_cannot_be_scaled(tmp_path, bad):
+    values = np.ones((4, 5), np.float32)
+    values[1, 2] = bad
+    Image.fromarray(values).save(tmp_path / "picture.tif")
+    with pytest.raises(ValueError, match=r"picture\.tif .*NaN or infinity"):
+        read_image(tmp_path / "picture.tif", "RGB")
 
 
 def test_an_image_is_turned_as_the_camera_was(tmp_path):
@@ -81,6 +138,35 @@ def test_an_image_that_is_too_large_is_named(tmp_path, monkeypatch):
     for mode in (None, "RGB"):
         with pytest.raises(ValueError, match=r"large\.png cannot be read as an image.*120 pixels"):
             read_image(tmp_path / "large.png", mode)
+
+
+# Datasets
+
+
+class Numbers(DetectionDataset):
+    """Counts how often it decodes."""
+
+    decoded = 0
+
+    def _decode(self, index):
+        self.decoded += 1
+        return torch.full((1,), index), {"boxes": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_dataset_takes_any_integer_and_keeps_copies(in_memory):
+    dataset = Numbers("abc", in_memory=in_memory)
+    indices = (2, -1, np.int64(2), np.uint8(2), torch.tensor(2), torch.tensor(-1))
+    for index in indices:
+        image, target = dataset[index]
+        assert image.item() == 2 and target["boxes"].item() == 0
+        image.zero_(), target["boxes"].fill_(9)
+    assert dataset.decoded == (1 if in_memory else len(indices)) and len(dataset) == 3
+    dataset.transforms = lambda image, target: (image + 1, "changed")
+    assert dataset[0] == (1, "changed")
+    for index, error in ((3, IndexError), (-4, IndexError), (1.0, TypeError), ("a.png", TypeError)):
+        with pytest.raises(error):
+            dataset[index]
 
 
 # Split and batches
@@ -161,8 +247,8 @@ def test_batches_that_cannot_be_made():
     for arguments, message in (
         ({"aspect_ratios": [1.0] * 3}, "3 images are too few for 1 process"),
         ({"num_replicas": 4, "generator": seeded()}, "too few for 4 process"),
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"num_windows": 0}, "num_windows 0"),
+        ({"batch_size": 0}, "start at 1"),
+        ({"num_windows": 0}, "start at 1"),
         ({"aspect_ratios": [(10, 12)] * 20}, "one finite number over 0"),
         ({"aspect_ratios": [1.0] * 20 + [float("nan")]}, "one finite number over 0"),
         ({"aspect_ratios": [1.0] * 20 + [0.0]}, "one finite number over 0"),

@@ -6,13 +6,16 @@ Notebook 01 builds them by hand, the batch sampler apart.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset
+from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -52,23 +55,77 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def read_image(path: str | Path, mode: str | None = None) -> Tensor:
+def read_image(path: str | Path, mode: str | None = None, *, turned: bool = True) -> Tensor:
     """An image file as uint8 [C, H, W].
 
     Args:
-        mode: ``"RGB"`` to convert to it, turned as the camera's EXIF note says; None to leave
-            grey values and palette indices as they are.
+        mode: ``"RGB"`` to convert to it. Pixels of 16 or 32 bits and floats, which Pillow would cut off at 255, are
+            scaled from the image's own minimum and maximum to 0 and 255; a constant image becomes 0. (Pillow itself
+            reads a PNG file of 16 bits a colour as 8 bits.) None leaves grey values and palette indices as they are:
+            those of 16 and 32 bits as int32, floats as float32, one bit as bool.
+        turned: with a mode, turn the image as the camera's EXIF note says.
 
     Raises:
         OSError: there is no such file, or it may not be read.
-        ValueError: it cannot be read as an image; the message names it.
+        ValueError: it cannot be read as an image, or has to be scaled and holds NaN or infinity; the message names it.
 
     Source: notebook 01.
     """
     with opened(path) as image:
-        if mode:
+        if mode and turned:
             ImageOps.exif_transpose(image, in_place=True)
+        image = image.convert("I") if image.mode.startswith("I;16") else image
+        if mode and image.mode in ("I", "F"):
+            pixels = np.asarray(image, dtype=np.float64)
+            if not np.isfinite(pixels).all():
+                raise ValueError("there is NaN or infinity among its pixels")
+            image = Image.fromarray(np.uint8(((pixels - pixels.min()) * (255 / (np.ptp(pixels) or 1))).round()))
         return pil_to_tensor(image if mode in (None, image.mode) else image.convert(mode))
+
+
+class DetectionDataset(Dataset):
+    """What the dataset classes share. A subclass gives ``_decode(index)``: image and target before transforms.
+
+    Args:
+        file_names: of the images, in the dataset's order.
+        transforms: called with (image, target), returns both.
+        in_memory: keep every sample once it is decoded, before its transforms: image and masks take a byte for
+            each pixel and channel. Workers of a DataLoader keep a copy each, and without
+            ``persistent_workers=True`` lose it at the end of every epoch.
+
+    An index is an int, a NumPy integer or a tensor, and may count from the end.
+    """
+
+    def __init__(self, file_names: Sequence[str], transforms: Callable | None = None, in_memory: bool = False):
+        self.file_names, self.transforms, self.in_memory = list(file_names), transforms, in_memory
+        self._samples: dict[int, tuple[Tensor, dict]] = {}
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
+        index = range(len(self))[index]  # of any kind of integer, also from the end
+        sample = self._samples.get(index) or self._decode(index)
+        if self.in_memory:
+            self._samples[index] = sample
+            sample = copy.deepcopy(sample)  # what is kept must not be changed in place
+        return sample if self.transforms is None else self.transforms(*sample)
+
+
+def image_of(target: dict, path: Path, source: str) -> Tensor:
+    """The image of a target, as ``tv_tensors.Image``, uint8 [3, H, W]: it has the size that the boxes were made for.
+
+    It is turned as its EXIF note says, but where only its pixels as stored have that size.
+
+    Raises:
+        ValueError: it has another size; the message names the file, both sizes and ``source``, which has the other.
+    """
+    for turned in (True, False):
+        image = read_image(path, "RGB", turned=turned)
+        if image.shape[1:] == target["boxes"].canvas_size:
+            return tv_tensors.Image(image.contiguous())
+    stored, other = (f"{width} x {height}" for height, width in (image.shape[1:], target["boxes"].canvas_size))
+    raise ValueError(f"{path} is {stored} pixels, but {source} is {other}")
 
 
 def split_dataset(dataset: Dataset, sizes: Sequence[int], seed: int, block: int = 1) -> tuple[Subset, ...]:
@@ -130,28 +187,21 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        aspect_ratios: Sequence[float],
-        batch_size: int,
-        num_windows: int = 5,
-        *,
-        num_replicas: int = 1,
-        rank: int = 0,
-        generator: torch.Generator | None = None,
-    ):
-        self.aspect_ratios = torch.as_tensor(aspect_ratios, dtype=torch.float64).clone()
-        if self.aspect_ratios.dim() != 1 or not (self.aspect_ratios.isfinite() & (self.aspect_ratios > 0)).all():
-            raise ValueError("aspect_ratios has to be one finite number over 0, width / height, for each image")
-        if min(batch_size, num_windows, num_replicas) < 1:
-            numbers = f"batch_size {batch_size}, num_windows {num_windows}, num_replicas {num_replicas}"
-            raise ValueError(f"{numbers}: each must be at least 1")
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank {rank} must be from 0 to num_replicas - 1, which is {num_replicas - 1}")
-        if len(aspect_ratios) < batch_size * num_replicas:
-            whole = f"{num_replicas} process(es) with batches of {batch_size}"
-            raise ValueError(f"{len(aspect_ratios)} images are too few for {whole}")
-        if num_replicas > 1 and generator is None:
-            raise ValueError("several processes draw the same batches only with a generator each, of the same seed")
+        self, aspect_ratios: Sequence[float], batch_size: int, num_windows: int = 5, *,
+        num_replicas: int = 1, rank: int = 0, generator: torch.Generator | None = None,
+    ):  # fmt: skip
+        self.aspect_ratios = ratios = torch.as_tensor(aspect_ratios, dtype=torch.float64).clone()
+        parts = f"{num_replicas} process(es) with batches of {batch_size}"
+        is_good = ratios.dim() == 1 and (ratios.isfinite() & (ratios > 0)).all()
+        for wrong, message in (
+            (not is_good, "aspect_ratios has to be one finite number over 0, width / height, for each image"),
+            (min(batch_size, num_windows, num_replicas) < 1, "batch_size, num_windows and num_replicas start at 1"),
+            (not 0 <= rank < num_replicas, f"rank {rank} must be from 0 to num_replicas - 1, {num_replicas - 1}"),
+            (len(ratios) < batch_size * num_replicas, f"{len(ratios)} images are too few for {parts}"),
+            (num_replicas > 1 and generator is None, "several processes need a generator each, of the same seed"),
+        ):
+            if wrong:
+                raise ValueError(message)
         self.batch_size, self.num_windows, self.generator = batch_size, num_windows, generator
         self.num_replicas, self.rank = num_replicas, rank
 

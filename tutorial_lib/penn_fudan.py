@@ -7,27 +7,21 @@ Segmentation", ACCV 2007, https://www.cis.upenn.edu/~jshi/ped_html/
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import operator
 import shutil
-import socket
 import tempfile
 import time
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from tqdm import tqdm
 
-from tutorial_lib.data import boxes_from_masks, opened, read_image
+from tutorial_lib.data import DetectionDataset, boxes_from_masks, image_of, opened, read_image
 
 URL = "https://www.cis.upenn.edu/~jshi/ped_html/PennFudanPed.zip"
 NUM_IMAGES = 170
@@ -39,13 +33,13 @@ _TIMEOUT = 30  # seconds without a byte
 _SCRATCH = ".PennFudanPed-download-"  # and what mkdtemp adds
 
 
-class PennFudanDataset(Dataset):
+class PennFudanDataset(DetectionDataset):
     """Images and targets of PennFudan, or of any folder with its layout.
 
     Args:
         root: the folder that holds ``PNGImages/NAME.png`` (RGB) and
-            ``PedMasks/NAME_mask.png`` (one 8-bit channel: 0 is background, k the
-            pixels of the k-th person).
+            ``PedMasks/NAME_mask.png`` (one channel of 1, 8 or 16 bits: 0 is background,
+            k the pixels of the k-th person; numbers may have gaps).
         transforms: called with (image, target), returns both.
         in_memory: keep every sample once it is decoded, before its transforms: about 1 MB for each of
             PennFudan's. Workers of a DataLoader keep a copy each, and without ``persistent_workers=True`` lose it
@@ -55,30 +49,23 @@ class PennFudanDataset(Dataset):
     in [0, 255] before transforms; ``target`` as :meth:`get_target` gives it.
 
     Raises:
-        FileNotFoundError: a folder, or the mask of an image, is missing.
-        ValueError: there are no images, an image or mask cannot be read, or the two
-            differ in size. The message names the file.
+        FileNotFoundError: there are no images, or the mask of an image is missing.
+        ValueError: an image or mask cannot be read, the two differ in size, or a mask has only 0 and 255, so
+            that it does not tell objects apart. The message names the file.
 
     Source: notebook 01.
     """
 
     def __init__(self, root: str | Path, transforms: Callable | None = None, *, in_memory: bool = False):
-        self.root, self.transforms, self.in_memory = Path(root), transforms, in_memory
-        self._samples: dict[int, tuple[Tensor, dict]] = {}
-        for folder in (self.root, self.root / "PNGImages", self.root / "PedMasks"):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder} is not a folder; PennFudan has PNGImages and PedMasks in its root")
-        self.file_names = sorted(path.name for path in (self.root / "PNGImages").glob("*.png"))
+        self.root = Path(root)
+        super().__init__(sorted(path.name for path in (self.root / "PNGImages").glob("*.png")), transforms, in_memory)
         if not self.file_names:
-            raise ValueError(f"{self.root / 'PNGImages'} holds no .png files")
+            raise FileNotFoundError(f"{self.root / 'PNGImages'} is no folder that holds .png files")
         if missing := [mask for mask in map(self._mask_path, self.file_names) if not mask.is_file()]:
             raise FileNotFoundError(f"{len(missing)} masks are missing; the first is {missing[0]}")
 
     def _mask_path(self, name: str) -> Path:
         return self.root / "PedMasks" / f"{Path(name).stem}_mask.png"
-
-    def __len__(self) -> int:
-        return len(self.file_names)
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:
         """In pixels, from the first bytes of the mask's file (0.1 ms).
@@ -98,51 +85,32 @@ class PennFudanDataset(Dataset):
             ``image_id`` int; ``area`` float32 [N], of the mask, in pixels;
             ``iscrowd`` int64 [N], all 0.
         """
-        index = range(len(self))[operator.index(index)]
+        index = range(len(self))[index]
         path = self._mask_path(self.file_names[index])
         mask = read_image(path)
-        if len(mask) != 1 or mask.dtype != torch.uint8:
-            found = f"{len(mask)} channel(s) of {mask.dtype}"
-            raise ValueError(f"{path} has {found}; a mask has one of uint8, with the person's number in each pixel")
+        mask = mask.to(torch.uint8) if mask.dtype == torch.bool else mask
+        if len(mask) != 1 or mask.is_floating_point() or not 0 <= int(mask.min()) <= int(mask.max()) < 65536:
+            found = f"{path} has {len(mask)} channel(s) of {mask.dtype}"
+            raise ValueError(f"{found}; a mask has one, with the person's number, 0 to 65535, in each pixel")
         pixels = mask.flatten().bincount()  # of each number
         ids = pixels[1:].nonzero().flatten() + 1
+        if ids.tolist() == [255]:
+            split = "from_masks(kind='semantic') of tutorial_lib.convert makes an object of each connected region"
+            raise ValueError(f"{path} has only 0 and 255: {split}. If 255 is one object, save it as 1")
         masks = (mask == ids[:, None, None].to(mask.dtype)).to(torch.uint8)
-        return {
-            "boxes": tv_tensors.BoundingBoxes(boxes_from_masks(masks), format="XYXY", canvas_size=masks.shape[-2:]),
-            "labels": torch.ones(len(ids), dtype=torch.int64),
-            "masks": tv_tensors.Mask(masks),
-            "image_id": index,
-            "area": pixels[ids].float(),
-            "iscrowd": torch.zeros(len(ids), dtype=torch.int64),
-        }
+        boxes = tv_tensors.BoundingBoxes(boxes_from_masks(masks), format="XYXY", canvas_size=masks.shape[-2:])
+        target = {"boxes": boxes, "labels": torch.ones_like(ids), "masks": tv_tensors.Mask(masks), "image_id": index}
+        return target | {"area": pixels[ids].float(), "iscrowd": torch.zeros_like(ids)}
 
     def _decode(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
-        path = self.root / "PNGImages" / self.file_names[index]
-        image = tv_tensors.Image(read_image(path, "RGB").contiguous())
-        target = self.get_target(index)
-        if image.shape[-2:] != target["masks"].shape[-2:]:
-            sizes = [f"{w} x {h}" for h, w in (image.shape[-2:], target["masks"].shape[-2:])]
-            raise ValueError(f"{path} is {sizes[0]} pixels, but its mask {self._mask_path(path.name)} is {sizes[1]}")
-        return image, target
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor | int]]:
-        index = range(len(self))[operator.index(index)]  # also of a NumPy number or a tensor, and from the end
-        sample = self._samples.get(index) or self._decode(index)
-        if self.in_memory:
-            self._samples[index] = sample
-            sample = copy.deepcopy(sample)  # what is kept must not be changed in place
-        image, target = sample
-        if self.transforms is not None:
-            image, target = self.transforms(image, target)
-        return image, target
+        name, target = self.file_names[index], self.get_target(index)
+        return image_of(target, self.root / "PNGImages" / name, f"its mask {self._mask_path(name)}"), target
 
 
 def _is_penn_fudan(folder: Path) -> bool:
-    digest = hashlib.sha256()
-    for path in sorted((folder / "PNGImages").glob("*.png")) + sorted((folder / "PedMasks").glob("*.png")):
-        digest.update(path.name.encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest() == DIGEST
+    files = sorted((folder / "PNGImages").glob("*.png")) + sorted((folder / "PedMasks").glob("*.png"))
+    parts = (path.name.encode() + hashlib.sha256(path.read_bytes()).digest() for path in files)
+    return hashlib.sha256(b"".join(parts)).hexdigest() == DIGEST
 
 
 def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
@@ -164,8 +132,7 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
             than PennFudan's. The message names the address and what came. Nothing is left behind.
         OSError: the address cannot be reached.
     """
-    root = Path(root)
-    folder = root / "PennFudanPed"
+    root, folder = Path(root), Path(root) / "PennFudanPed"
     if folder.is_dir() and _is_penn_fudan(folder):
         return folder
     if folder.exists():
@@ -176,49 +143,32 @@ def download_penn_fudan(root: str | Path, url: str = URL) -> Path:
             shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=root, prefix=_SCRATCH) as scratch:
         archive, unpacked = Path(scratch) / "PennFudanPed.zip", Path(scratch) / "PennFudanPed"
-        _download(url, archive)
-        if not zipfile.is_zipfile(archive):
-            came = f"{archive.stat().st_size:,} bytes that start with {archive.read_bytes()[:60]!r}"
-            raise RuntimeError(f"{url} gave no zip file, or only a part of one: {came} (a proxy's page?)")
+        _check(url)
         try:
+            with archive.open("wb") as file, urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+                _check(response.url, response.length or 0)  # after redirects
+                with tqdm.wrapattr(response, "read", total=response.length, desc=archive.name) as source:
+                    shutil.copyfileobj(source, file)
+            _check(url, archive.stat().st_size)
             with zipfile.ZipFile(archive) as zipped:
-                _limit(url, sum(file.file_size for file in zipped.infolist()))
+                _check(url, sum(file.file_size for file in zipped.infolist()))
                 zipped.extractall(scratch)  # drops ".." and drives from the names
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
-            raise RuntimeError(f"{url}: the archive cannot be unpacked ({error}); try again") from error
+        except (ValueError, urllib.error.URLError):
+            raise
+        except Exception as error:
+            came = f"{archive.stat().st_size:,} bytes that start with {archive.read_bytes()[:60]!r} (a proxy's page?)"
+            raise RuntimeError(f"{url} gave no whole zip file ({error!r}); try again. It gave {came}") from error
         if not _is_penn_fudan(unpacked):
             raise RuntimeError(f"{url}: the archive does not hold the {NUM_IMAGES} photographs and masks of PennFudan")
-        try:
+        if not folder.exists():  # else another process was faster
             unpacked.rename(folder)
-        except OSError:  # another process was faster
-            if not _is_penn_fudan(folder):
-                raise
     return folder
 
 
-def _download(url: str, archive: Path) -> None:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)
-    try:
-        _require_https(url)
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
-            address = response.url  # after redirects
-            _require_https(address)
-            _limit(url, int(response.headers.get("Content-Length", 0)))
-        torch.hub.download_url_to_file(address, str(archive))
-        _limit(url, archive.stat().st_size)
-    except (HTTPException, TimeoutError) as error:
-        raise RuntimeError(f"{url}: the download stopped ({error!r}); try again") from error
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _require_https(url: str) -> None:
-    parts = urlsplit(url)
+def _check(url: str, size: int = 0) -> None:
+    """Is it an address to download from, and not too large?"""
+    parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")):
         raise ValueError(f"{url} is not an https address")
-
-
-def _limit(url: str, size: int) -> None:
     if size > _MAX_BYTES:
         raise RuntimeError(f"{url} gives {size:,} bytes, over {_MAX_BYTES:,}: PennFudan has 51 MB")
