@@ -264,7 +264,7 @@ def test_matches_name_the_pairs():
 
 
 def test_class_table_of_a_case_worked_out_on_paper():
-    """Class 1: two objects; right at 0.9, wrong at 0.8, right at 0.7. Class 2: two detections of score 0.6, one right."""
+    """Cat: two objects; right at 0.9, wrong at 0.8, right at 0.7. Dog: two detections of score 0.6, one right."""
     first, second, elsewhere = [0, 0, 50, 60], [60, 60, 100, 110], [0, 80, 40, 119]
     truth = {"boxes": torch.tensor([first, second, first, elsewhere]).float()}
     truth |= {"labels": torch.tensor([1, 1, 2, 4]), "iscrowd": torch.tensor([0, 0, 0, 1])}

@@ -55,7 +55,7 @@ for first in sys.argv[1:]:
         del torchvision.models._api.BUILTIN_MODELS[name]
     importlib.import_module(first)
     new = set(list_models()) - before[0]
-    registers = first.split(".")[1:2] in (["offline"], ["presets"], ["train"])
+    registers = first.split(".")[1:2] in (["offline"], ["presets"], ["predict"], ["train"])
     assert new == ({"fasterrcnn_mini_fpn", "maskrcnn_mini_fpn"} if registers else set()), (first, new)
     assert (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads()) == before[1:], first
     from tutorial_lib.presets import choose_preset, fetch_weights

@@ -65,7 +65,13 @@ def shown_from_library():
 
 def test_the_notebooks_are_there():
     wanted = ["01_dataset", "02_finetuning_a_predictor", "03_swapping_the_backbone", "04_penn_fudan_mask_rcnn"]
-    wanted += ["06_evaluating_detections", "07_when_it_breaks", "08_inside_mask_rcnn", "09_anchors_and_backbones"]
+    wanted += [
+        "05_your_own_data",
+        "06_evaluating_detections",
+        "07_when_it_breaks",
+        "08_inside_mask_rcnn",
+        "09_anchors_and_backbones",
+    ]
     assert NAMES == [*wanted, "10_making_it_fast"]
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
 

@@ -16,10 +16,9 @@ import torch
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 
-from tutorial_lib.data import DetectionDataset, image_of, read_image
+from tutorial_lib.data import IMAGE_SUFFIXES, DetectionDataset, image_of, read_image
 
 _WORDS = {int: "a whole number", str: "text"}
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class CocoDataset(DetectionDataset):
@@ -125,7 +124,9 @@ class CocoDataset(DetectionDataset):
         if self.masks and (without := [key for key, has in with_mask.items() if not has]):
             lacking = f"{self._source}: {len(without)} of {len(with_mask)} objects have no mask"
             raise ValueError(f"{lacking}, annotations {str(without[:5])[1:-1]}; masks=False reads the boxes of all")
-        self.not_listed = sorted(name for name in files.difference(self.file_names) if name.lower().endswith(_SUFFIXES))
+        self.not_listed = sorted(
+            name for name in files.difference(self.file_names) if name.lower().endswith(IMAGE_SUFFIXES)
+        )
         for what, which in (
             ("objects have no size inside the image and are left out: annotations", small),
             ("boxes reach over a pixel beyond the image and are cut: annotations", cut),

@@ -16,16 +16,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 from pycocotools.mask import encode
 from torch import nn
 from torchvision.models import get_model
 from tqdm import tqdm
 
-import tutorial_lib.offline  # noqa: F401  (registers the mini models)
+import tutorial_lib.presets  # noqa: F401  (through it torchvision knows the mini models)
 from tutorial_lib.checkpoint import load_checkpoint
 from tutorial_lib.coco import CocoDataset
-from tutorial_lib.data import read_image
+from tutorial_lib.data import IMAGE_SUFFIXES, read_image
 from tutorial_lib.engine import pick_device, predict
 from tutorial_lib.visualization import show
 
@@ -61,7 +60,7 @@ def load_detector(path: str | Path, device=None) -> tuple[nn.Module, list[str]]:
 
 
 def predict_folder(
-    model, categories, images, out, *, score_threshold=0.5, device=None, annotations=None, pictures=True
+    model, categories, images, out, *, score_threshold=0.5, device=None, annotations=None, pictures=True, progress=True
 ) -> list[dict]:
     """Predict the images of a folder, and of the folders in it, one by one.
 
@@ -76,6 +75,7 @@ def predict_folder(
         annotations: a COCO file. Its images are predicted, and they and the categories (by name) have its ids. Without
             it, images are numbered from 1 in the order of their names, and a category's id is its label.
         pictures: whether to write them.
+        progress: show a bar.
 
     Returns:
         COCO results, a dict for each detection: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels
@@ -97,7 +97,7 @@ def predict_folder(
         names, category_ids = coco.file_names, dict(zip(coco.categories, coco.category_ids, strict=True))
     else:
         files = sorted(path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file())
-        names = [name for name in files if Path(name).suffix.lower() in Image.registered_extensions()]
+        names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
         category_ids = {category: label for label, category in enumerate(categories)}
         if others := sorted(set(files) - set(names)):
             warnings.warn(f"{len(others)} file(s) are no images: {', '.join(others[:20])}", stacklevel=2)
@@ -107,7 +107,7 @@ def predict_folder(
         raise ValueError(f"{images} is no folder with images")
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     results, rows, unreadable = [], [("file_name", "category", "score", "x1", "y1", "x2", "y2")], []
-    for number, name in enumerate(tqdm(names, file=sys.stdout, leave=False)):
+    for number, name in enumerate(tqdm(names, file=sys.stdout, leave=False, disable=not progress)):
         image_id = coco.get_target(number)["image_id"] if annotations else number + 1
         try:  # the dataset turns an image as its boxes are
             image = (coco[number][0] if annotations else read_image(images / name, "RGB")) / 255
@@ -117,7 +117,7 @@ def predict_folder(
         (found,) = predict(model, [image], device, score_threshold)
         for i, (x1, y1, x2, y2) in enumerate(found["boxes"].tolist()):
             category, score = categories[found["labels"][i]], found["scores"][i].item()
-            rows.append((name, category, score, x1, y1, x2, y2))
+            rows.append((name, category, round(score, 4), *(round(edge, 2) for edge in (x1, y1, x2, y2))))
             result = {"image_id": image_id, "category_id": category_ids[category], "score": score}
             results.append(result | {"bbox": [x1, y1, x2 - x1, y2 - y1], "file_name": name})
             if "masks" in found:

@@ -13,8 +13,6 @@
 # %% [markdown]
 # # Evaluate detections, and know what the number forgives
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/06_evaluating_detections.ipynb)
-#
 # One AP hides three things: how tightly boxes and masks fit, which errors cost most, and how far the number
 # moves by chance. You train a Mask R-CNN three times, and look at each of the three.
 #
@@ -38,9 +36,10 @@
 # %% tags=["set-up"]
 import importlib.util
 
-ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
+ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
@@ -677,7 +676,8 @@ print(f"mask AP {result.mask.AP:.3f}, of detections over 0.5 only {cut.mask.AP:.
 # - `target["area"]`, where it is given, decides who is small. With masks it should be the mask's area, not the box's.
 # - Crowds (`iscrowd`) are neither objects nor errors in the evaluation: detections on them are ignored. torchvision's models know no
 #   `iscrowd` and would train on them as objects. Leave them out of training.
-# - Averages over classes hide classes. Look at `per_class`.
+# - Averages over classes hide classes. Look at `per_class`, or at `class_table` in notebook [05](05_your_own_data.ipynb). A class that is
+#   absent from training has AP 0. One with few test objects has an AP that jumps.
 #
 # ## Further reading
 #

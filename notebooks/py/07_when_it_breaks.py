@@ -13,8 +13,6 @@
 # %% [markdown]
 # # Fix it when it breaks: the errors that people search for
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/torchvision-detection-tutorial/blob/main/notebooks/07_when_it_breaks.ipynb)
-#
 # One call, `check_dataset`, names most of the mistakes below before any training. It also names those that give no
 # message. For the rest, look up your message.
 #
@@ -45,16 +43,18 @@
 # | `Expected target boxes to be a tensor of shape [N, 4], got torch.Size([0])` | [no objects](#empty) |
 # | `Dimension out of range (expected to be in range of [-1, 0], but got 1)` | [no objects](#empty) |
 # | `KeyError: 'boxes'` | [no objects](#empty) |
-# | `Expected target boxes to be of type Tensor, got <class 'list'>` | [boxes](#type) |
-# | `target labels must of int64 type, instead got torch.float32` | [labels](#type) |
+# | `Expected target boxes to be of type Tensor, got <class 'list'>` | [targets](#type) |
+# | `target labels must of int64 type, instead got torch.float32` | [targets](#type) |
 # | `All bounding boxes should have positive height and width` | [box format](#positive), [thin masks](#thin) |
 # | `min(): Expected reduction dim to be specified for input.numel() == 0` | [empty masks](#thin) |
+# | `index 2 is out of bounds for dimension 1 with size 2` | [keypoints](#keypoints), [box and mask predictors differ](#zero) |
 # | `Target 2 is out of bounds` | [labels](#bounds) |
 # | `CUDA error: device-side assert triggered` | [labels](#bounds) |
 # | `targets should not be none when in training mode` | [mode](#mode) |
 # | `'list' object has no attribute 'values'` | [mode](#mode) |
 # | `The parameter 'num_classes' expected value 91 but got 2 instead` | [model](#classes) |
 # | `num_classes should be None when box_predictor is specified` | [model](#classes) |
+# | `'RetinaNet' object has no attribute 'roi_heads'`, also `'SSD'`, `'FCOS'`, `'DataParallel'` | [model](#family) |
 # | `backbone should contain an attribute out_channels` | [model](#channels-out) |
 # | `There needs to be a match between the number of feature maps passed and the number of sizes / aspect ratios specified` | [model](#anchors) |
 # | `Loss is nan, stopping training` | [training](#nan) |
@@ -63,20 +63,36 @@
 # | `Average Precision … = -1.000` | [pycocotools](#minus-one) |
 # | `size mismatch for roi_heads.box_predictor.cls_score.weight` | [loading](#mismatch) |
 # | `Weights only load failed` | [loading](#weights-only) |
-# | no message, and it learns nothing: boxes in another format | [boxes](#format) |
-# | no message, and it learns nothing: label 0, negative labels | [labels](#zero) |
-# | no message, and a whole dataset to check | [check_dataset](#check) |
+# | `Could not guard on data-dependent expression` | [export](#export) |
+# | `Failed to export the model with torch.export` | [export](#export) |
+# | `No module named 'onnxscript'`, `Module onnx is not installed!` | [export](#export) |
+#
+# Without a message:
+#
+# | what you see | |
+# |---|---|
+# | the images are white, or black | [pixel values](#white) |
+# | the boxes stay where they were when the image is cropped, flipped or resized | [transforms](#apart) |
+# | it learns nothing: the boxes are in another format | [boxes](#format) |
+# | it learns nothing: label 0, negative labels, `num_classes=1` | [labels](#zero) |
+# | a class is never detected, or `num_classes` is far too high | [gaps, absent and rare classes](#absent) |
+# | one box over several objects, a box as large as the image, or hundreds of boxes | [masks that are no instances](#instances) |
+# | `loss_keypoint` is 0 | [keypoints](#keypoints) |
+# | the loss was fine, and the weights are NaN | [gradients](#nan) |
+# | a whole dataset to check | [check_dataset](#check) |
 
 # %% [markdown]
 # ## Messages with a short answer
 #
-# No cell below raises these.
+# One line is enough for each of these. The first cell below raises four of them.
 #
 # | message | cause and fix | thread |
 # |---|---|---|
 # | `Expected all tensors to be on the same device` | Move the images and every tensor of the targets with `.to(device)`. A predictor that you replace after `model.to(device)` stays on the CPU: replace first, or move again. | [pytorch#61704](https://github.com/pytorch/pytorch/issues/61704) |
 # | `Every element of targets should have a masks key` | Mask R-CNN trains on `masks` uint8 [N, H, W]. For boxes only, take Faster R-CNN. | |
 # | `list indices must be integers or slices, not str` | A target is a list of annotations, as `CocoDetection` gives it. The models want one dict for each image. | [vision#1701](https://github.com/pytorch/vision/issues/1701) |
+# | `Argument 'bb' has incorrect type (expected numpy.ndarray, got list)` | pycocotools takes a polygon of two points for a box. Remove it from the file. `CocoDataset` leaves such an object out, and says so. | [cocoapi#139](https://github.com/cocodataset/cocoapi/issues/139), [#159](https://github.com/cocodataset/cocoapi/issues/159) |
+# | `list index out of range` in `frPyObjects` | The file has `"segmentation": []`, as exporters write it for boxes only. Leave `"masks"` out of `target_keys`, or read it with `CocoDataset`. | [roboflow-python#161](https://github.com/roboflow/roboflow-python/issues/161) |
 # | `Expected x_max for bbox … to be in the range [0.0, 1.0]` | albumentations: a box leaves the image, often by rounding. Clip the boxes to the image first. | [albumentations#459](https://github.com/albumentations-team/albumentations/issues/459) |
 # | `Expected to have finished reduction in the prior iteration` | Several processes: some parameters had no part in the loss. Freeze them with `requires_grad_(False)` before you wrap the model, or set `find_unused_parameters=True`. | [mmdetection#2153](https://github.com/open-mmlab/mmdetection/issues/2153) |
 # | `No module named 'coco_utils'` | torchvision's `engine.py` was copied alone. It also needs `coco_utils.py`, `coco_eval.py`, `utils.py` and `transforms.py` beside it. | [vision#3630](https://github.com/pytorch/vision/issues/3630) |
@@ -94,9 +110,10 @@
 # %% tags=["set-up"]
 import importlib.util
 
-ADDRESS = "https://github.com/YOUR_ACCOUNT/torchvision-detection-tutorial"
+ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    packages = f"tutorial_lib@git+{ADDRESS} pycocotools"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
 # %% [markdown]
@@ -165,10 +182,8 @@ print(*model([image], [target]))
 #
 # **Cause.** torchvision's compiled part was built for another PyTorch. In the first case it cannot be loaded, so its
 # operators are not registered. Often torch was upgraded alone. Or torch came as `+cpu`, and torchvision did not
-# ([pytorch#122494](https://github.com/pytorch/pytorch/issues/122494),
-# [vision#9085](https://github.com/pytorch/vision/issues/9085)). In the second case, torch has CUDA and torchvision does
-# not
-# ([vision#3058](https://github.com/pytorch/vision/issues/3058)).
+# ([pytorch#122494](https://github.com/pytorch/pytorch/issues/122494), [vision#9085](https://github.com/pytorch/vision/issues/9085)). In the second case, torch has CUDA and torchvision does
+# not ([vision#3058](https://github.com/pytorch/vision/issues/3058)).
 #
 # **Fix.** Install both in **one** command from **one** index, in versions that belong together by the table in
 # [torchvision's README](https://github.com/pytorch/vision#installation). Most releases of torchvision ask for one exact torch, so heed
@@ -178,13 +193,22 @@ print(*model([image], [target]))
 
 # %%
 with expect(RuntimeError):
-    torch.library.register_fake("torchvision::nms_of_another_build")(
-        lambda boxes: boxes
-    )
+    torch.library.register_fake("torchvision::nms_of_another_build")(lambda boxes: boxes)
 
 two_alike = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9]])
 kept = torchvision.ops.nms(two_alike, torch.tensor([0.9, 0.8]), 0.5)
 print("nms of this installation keeps", kept.tolist())
+
+from pycocotools.mask import frPyObjects
+
+print("\nOf the short answers above:")
+for copied in ("coco_utils", "torch._six"):
+    with expect(ModuleNotFoundError):
+        importlib.import_module(copied)
+with expect(TypeError):
+    frPyObjects([[40.0, 20, 60, 80]], 96, 128)
+with expect(IndexError):
+    frPyObjects([], 96, 128)
 
 # %% [markdown]
 # ## Images, and the loader that batches them
@@ -199,19 +223,46 @@ print("nms of this installation keeps", kept.tolist())
 #
 # **Fix.** Call `to_dtype(..., scale=True)`, or put `v2.ToDtype(..., scale=True)` into a transform. Both also divide
 # by 255. `.float()` alone leaves the range wrong, and **no message** says so.
+#
+# <a id="white"></a>
+#
+# ### No message: images that are white, or black
+#
+# **White.** The file has 16 bits a pixel, as from microscopes and X-ray. Pillow's `convert("RGB")` makes every value over 255 white
+# ([Pillow#3011](https://github.com/python-pillow/Pillow/issues/3011), [pytorch#20524](https://github.com/pytorch/pytorch/issues/20524)).
+#
+# **Black.** `to_dtype(..., scale=True)` divides by the largest value of the *type*. For int32 that is two billion. Or the image was
+# divided by 255 twice.
+#
+# **Fix.** Scale such images yourself, to 0 and 1. `read_image(path, "RGB")` of `tutorial_lib.data` takes each image's own minimum and
+# maximum. If brightness means something in your data, divide all images by the same number instead.
 
 # %%
-from torchvision.transforms.v2.functional import to_dtype
+import numpy as np
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
+
+from tutorial_lib.checks import check_dataset
 
 decoded = (image * 255).to(torch.uint8)
 with expect(TypeError):
     model([decoded], [target])
-
 unscaled = decoded.float()
 losses = model([unscaled], [target])  # no message
 scaled = to_dtype(decoded, torch.float32, scale=True)
 losses = model([scaled], [target])
 print(f"largest value: {unscaled.max():.0f} by .float(), {scaled.max():.1f} scaled")
+
+sixteen_bits = 300 + 2500 * image[0].numpy()
+picture = Image.fromarray(sixteen_bits.astype(np.uint16))
+white = to_dtype(pil_to_tensor(picture.convert("RGB")), torch.float32, scale=True)
+values = torch.from_numpy(np.array(picture).astype(np.int32)).expand(3, -1, -1)
+black = to_dtype(values, torch.float32, scale=True)
+right = (values - values.min()) / (values.max() - values.min())
+for name, pixels in {"white": white, "black": black, "right": right}.items():
+    report = check_dataset([(pixels, target)], num_classes=2, progress=False)
+    kinds = [finding.kind for finding in report.findings]
+    print(f"{name}: {pixels.min():.6f} to {pixels.max():.6f}, {kinds}")
 
 # %% [markdown]
 # <a id="channels"></a>
@@ -223,22 +274,7 @@ print(f"largest value: {unscaled.max():.0f} by .float(), {scaled.max():.1f} scal
 # **Fix.** Convert to RGB when you read. Convert grey images, too: one channel is spread over three without a message
 # ([lightning-bolts#770](https://github.com/Lightning-Universe/lightning-bolts/issues/770)). If you want four channels, give the model four
 # means and four deviations ([vision#1630](https://github.com/pytorch/vision/issues/1630)), and a first convolution that takes four.
-
-# %%
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
-
-with expect(RuntimeError):
-    model([torch.rand(4, 96, 128)], [target])
-losses = model([torch.rand(1, 96, 128)], [target])  # no message
-
-for mode in ("RGBA", "L"):
-    picture = Image.new(mode, (128, 96)).convert("RGB")
-    pixels = to_dtype(pil_to_tensor(picture), torch.float32, scale=True)
-    print(f"{mode:4} converted: {list(pixels.shape)}")
-losses = model([pixels], [target])
-
-# %% [markdown]
+#
 # <a id="list"></a>
 #
 # ### `ValueError: images is expected to be a list of 3d tensors of shape [C, H, W]`
@@ -250,12 +286,20 @@ losses = model([pixels], [target])
 # size. A batched tensor `[B, 3, H, W]` happens to work, since iterating over it gives images.
 
 # %%
+with expect(RuntimeError):
+    model([torch.rand(4, 96, 128)], [target])
+losses = model([torch.rand(1, 96, 128)], [target])  # no message
+
+for mode in ("RGBA", "L"):
+    picture = Image.new(mode, (128, 96)).convert("RGB")
+    pixels = to_dtype(pil_to_tensor(picture), torch.float32, scale=True)
+    print(f"{mode:4} converted: {list(pixels.shape)}")
+
 model.eval()
 with expect(ValueError):
     model([image.unsqueeze(0)])
 with expect(ValueError):
     model(image)
-
 with torch.no_grad():
     print(len(model([image, torch.rand(3, 60, 100)])), "predictions for two images")
 
@@ -322,6 +366,35 @@ except (AttributeError, pickle.PicklingError) as error:
 print("can be pickled:", pickle.loads(pickle.dumps(collate_fn)).__name__)
 
 # %% [markdown]
+# <a id="apart"></a>
+#
+# ### No message: the image is cropped, flipped or resized, and its boxes are not
+#
+# **Cause.** A v2 transform leaves plain tensors as they are. It moves boxes only if they are `BoundingBoxes`, and masks only if they
+# are `Mask`. Or the dataset got `transform=`, which sees the image only, where `transforms=` sees both
+# ([vision#8720](https://github.com/pytorch/vision/issues/8720)).
+#
+# **Fix.** Give image and target to **one** transform, with `tv_tensors` inside. `BoundingBoxes` know the size of their image, `canvas_size`.
+# If it is not the image's, they were left behind, and `check_dataset` says so. Plain tensors know no size: look at pictures.
+
+# %%
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+xyxy = {"format": "XYXY", "canvas_size": (96, 128)}
+wrapped = tv_tensors.BoundingBoxes(boxes, **xyxy)
+flip = v2.RandomHorizontalFlip(p=1)
+for value in (boxes, wrapped):
+    _, moved = flip(tv_tensors.Image(image), {"boxes": value})
+    print(f"{type(value).__name__:13} {value.tolist()} -> {moved['boxes'].tolist()}")
+
+larger = v2.Resize((192, 256))(tv_tensors.Image(image))  # the image only
+report = check_dataset([(larger, {**target, "boxes": wrapped})], progress=False)
+print([finding.kind for finding in report.findings])
+larger, moved = v2.Resize((192, 256))(tv_tensors.Image(image), {"boxes": wrapped})
+print("resized together:", moved["boxes"].tolist())
+
+# %% [markdown]
 # ## Targets
 #
 # <a id="empty"></a>
@@ -333,26 +406,13 @@ print("can be pickled:", pickle.loads(pickle.dumps(collate_fn)).__name__)
 # ([vision#2192](https://github.com/pytorch/vision/issues/2192)). `KeyError: 'boxes'` comes from a target without that key. `CocoDetection`, wrapped
 # for the v2 transforms, gives one for an image without annotations ([vision#9162](https://github.com/pytorch/vision/issues/9162)).
 #
-# **Fix.** N may be 0, but the 4 has to stay: `boxes.reshape(-1, 4)`. Images without objects are welcome since
+# **Fix.** N may be 0, but the 4 has to stay: `torch.zeros((0, 4))`, or `boxes.reshape(-1, 4)`. Labels are `torch.zeros(0, dtype=torch.int64)`, and masks
+# `torch.zeros((0, H, W), dtype=torch.uint8)`. `CocoDataset` of `tutorial_lib.coco` gives these. `train_one_epoch` names
+# the image and the key that is missing. Images without objects are welcome since
 # [vision#1911](https://github.com/pytorch/vision/pull/1911), and teach what is *not* a person. Older advice filters them out
 # ([vision#1598](https://github.com/pytorch/vision/issues/1598)), or invents a box of zeros
 # ([vision#5098](https://github.com/pytorch/vision/issues/5098)).
-
-# %%
-nobody = {"boxes": torch.tensor([]), "labels": torch.zeros(0, dtype=torch.int64)}
-model.eval()
-with expect(IndexError):
-    model([image], [nobody])
-model.train()
-with expect(AssertionError):
-    model([image], [nobody])
-with expect(KeyError):
-    model([image], [{"image_id": 7}])
-
-losses = model([image], [{**nobody, "boxes": nobody["boxes"].reshape(-1, 4)}])
-print(f"loss_box_reg {losses['loss_box_reg'].item():.0f}: there is no box to fit")
-
-# %% [markdown]
+#
 # <a id="type"></a>
 #
 # ### `AssertionError: Expected target boxes to be of type Tensor, got <class 'list'>`, `TypeError: target labels must of int64 type, instead got torch.float32`
@@ -362,17 +422,27 @@ print(f"loss_box_reg {losses['loss_box_reg'].item():.0f}: there is no box to fit
 #
 # **Fix.** Boxes are float32, labels int64. For the loss a class is an index, not a quantity. The check of labels came with
 # [vision#1091](https://github.com/pytorch/vision/pull/1091), and people soon
-# [met](https://github.com/prajjwal1/autonomous-object-detection/issues/7) it. We know of no thread for the first
-# message.
+# [met](https://github.com/prajjwal1/autonomous-object-detection/issues/7) it. We know of no thread for the first message.
 
 # %%
+nobody = {"boxes": torch.tensor([]), "labels": torch.zeros(0, dtype=torch.int64)}
+with expect(IndexError):
+    model([image], [nobody])
+model.train()
+with expect(AssertionError):
+    model([image], [nobody])
+with expect(KeyError):
+    model([image], [{"image_id": 7}])
+
+losses = model([image], [{**nobody, "boxes": torch.zeros((0, 4))}])
+print(f"loss_box_reg {losses['loss_box_reg'].item():.0f}: there is no box to fit\n")
+
 from_file = [[40, 20, 60, 80, 1]]  # box and label
 with expect(AssertionError):
     model([image], [{"boxes": from_file, "labels": labels}])
 rows = torch.tensor(from_file, dtype=torch.float32).reshape(-1, 5)
 with expect(TypeError):
     model([image], [{"boxes": rows[:, :4], "labels": rows[:, 4]}])
-
 losses = model([image], [{"boxes": rows[:, :4], "labels": rows[:, 4].long()}])
 
 # %% [markdown]
@@ -387,20 +457,40 @@ losses = model([image], [{"boxes": rows[:, :4], "labels": rows[:, 4].long()}])
 # [next entry](#thin). The box in the message is in pixels of the resized image.
 #
 # **Fix.** Convert another format with `box_convert`. Sort swapped corners.
+#
+# <a id="format"></a>
+#
+# ### No message: boxes in another format
+#
+# **Cause.** Near the upper left corner, `x, y, width, height` may *also* be a valid `x1, y1, x2, y2`. That is another
+# box, and the model learns it.
+#
+# **Fix.** **Look** at some images with their boxes before training. Say the format once, where boxes are read: `BoundingBoxes` carries it
+# along, and a transform converts.
 
 # %%
+import matplotlib.pyplot as plt
 from torchvision.ops import box_convert
+
+from tutorial_lib.visualization import show
 
 from_coco = torch.tensor([[70.0, 20, 30, 60]])  # x, y, width, height
 with expect(AssertionError):
     model([image], [{"boxes": from_coco, "labels": labels}])
 converted = box_convert(from_coco, in_fmt="xywh", out_fmt="xyxy")
 print(from_coco.tolist(), "->", converted.tolist())
-
 swapped = torch.tensor([[60.0, 80, 40, 20]])  # x2, y2, x1, y1
 in_order = swapped.reshape(-1, 2, 2).sort(dim=1).values.flatten(1)
 print(swapped.tolist(), "->", in_order.tolist())
-losses = model([image], [{"boxes": converted, "labels": labels}])
+
+near_corner = 0.4 * torch.rand(3, 96, 128)
+near_corner[:, 15:75, 10:30] += 0.5
+in_file = torch.tensor([[10.0, 15, 20, 60]])
+losses = model([near_corner], [{"boxes": in_file, "labels": labels}])  # no message
+meant = box_convert(in_file, in_fmt="xywh", out_fmt="xyxy")
+pictures = [{"boxes": in_file}, {"boxes": meant}]
+show([near_corner] * 2, pictures, ["as x1, y1, x2, y2", "as x, y, w, h"], columns=2)
+plt.show()
 
 # %% [markdown]
 # <a id="thin"></a>
@@ -425,42 +515,96 @@ thin = torch.zeros(1, 96, 128, dtype=torch.uint8)
 thin[0, 20:80, 50] = 1
 with expect(AssertionError):
     model([image], [{"boxes": masks_to_boxes(thin), "labels": labels}])
-
 print(masks_to_boxes(thin).tolist(), "->", boxes_from_masks(thin).tolist())
 losses = model([image], [{"boxes": boxes_from_masks(thin), "labels": labels}])
+
 masks = torch.cat([thin, torch.zeros_like(thin)])
+rows, columns = torch.where(masks[1] != 0)
+with expect(RuntimeError, "min(): Expected reduction dim to be specified"):
+    columns.min()  # what masks_to_boxes did before 0.26
 print("masks with pixels:", (masks != 0).flatten(1).any(dim=1).tolist())
 
 # %% [markdown]
-# <a id="format"></a>
+# <a id="instances"></a>
 #
-# ### No message: boxes in another format
+# ### No message: masks that are no instances
 #
-# **Cause.** Near the upper left corner, `x, y, width, height` may *also* be a valid `x1, y1, x2, y2`. That is another
-# box, and the model learns it.
+# **Cause.** In an instance mask, each pixel holds the number of its object. Other masks look alike, and train silently:
 #
-# **Fix.** **Look** at some images with their boxes before training. Say the format once, where boxes are read: `BoundingBoxes` carries it
-# along, and a transform converts.
+# - **0 and 255**: one value for all objects gives one box over all of them ([Mask_RCNN#2747](https://github.com/matterport/Mask_RCNN/issues/2747));
+# - **class maps**: the pixel holds the class, so all objects of a class become one ([tutorials#960](https://github.com/pytorch/tutorials/issues/960));
+# - **soft edges**: a mask that was resized smoothly, or saved as JPEG, has new values at its edges. Each becomes an object;
+# - **inverted**: the background is 255. Its box is the image.
+#
+# **Fix.** Split what does not touch into objects: `from_masks(images, masks, kind="semantic")` of `tutorial_lib.convert`, which notebook
+# [05](05_your_own_data.ipynb) shows. Objects that touch stay one: only new annotations separate them. Resize masks with nearest-neighbour interpolation, and save them as PNG.
 
 # %%
-import matplotlib.pyplot as plt
-from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes
+import tempfile
+from pathlib import Path
 
-from tutorial_lib.visualization import show
+from tutorial_lib.convert import from_masks
 
-near_corner = 0.4 * torch.rand(3, 96, 128)
-near_corner[:, 15:75, 10:30] += 0.5
-in_file = torch.tensor([[10.0, 15, 20, 60]])
-losses = model([near_corner], [{"boxes": in_file, "labels": labels}])  # no message
 
-read = BoundingBoxes(in_file, format="XYWH", canvas_size=(96, 128))
-meant = v2.ConvertBoundingBoxFormat("XYXY")(read)
-pictures = [{"boxes": in_file}, {"boxes": meant}]
-show([near_corner] * 2, pictures, ["as x1, y1, x2, y2", "as x, y, w, h"], columns=2)
-plt.show()
+def objects_of(mask):
+    # As for an instance mask: each value but 0 is one object.
+    masks = mask == mask.unique()[1:, None, None]
+    return masks.to(torch.uint8), boxes_from_masks(masks)
+
+
+both = torch.zeros(96, 128, dtype=torch.uint8)
+both[20:80, 10:30], both[20:80, 90:110] = 255, 255
+soft = v2.functional.resize(both[None], [48, 64], antialias=True)[0]
+for name, mask in {"0 and 255": both, "inverted": 255 - both, "soft edges": soft}.items():
+    its_masks, its_boxes = objects_of(mask)
+    ones = torch.ones(len(its_boxes), dtype=torch.int64)
+    its_target = {"boxes": its_boxes, "labels": ones, "masks": its_masks}
+    report = check_dataset([(torch.rand(3, *mask.shape), its_target)], progress=False)
+    print(f"{name}: objects: {len(ones)}, the first {its_boxes[0].tolist()}")
+    print("   check_dataset:", *sorted({finding.kind for finding in report.findings}))
+
+with tempfile.TemporaryDirectory() as folder:
+    for name in ("images", "masks"):
+        (Path(folder) / name).mkdir()
+        Image.fromarray(both.numpy()).save(Path(folder) / name / "street.png")
+    found = from_masks(Path(folder) / "images", Path(folder) / "masks", "semantic")
+print("split, x, y, w, h:", [annotation["bbox"] for annotation in found["annotations"]])
 
 # %% [markdown]
+# <a id="keypoints"></a>
+#
+# ### Keypoint R-CNN: `IndexError: index 2 is out of bounds for dimension 1 with size 2`, or `loss_keypoint` is 0
+#
+# **Cause.** `keypoints` are float32 [N, K, 3]: for each object K times x, y and visibility. `tv_tensors.KeyPoints` hold x and y only
+# ([vision#9281](https://github.com/pytorch/vision/issues/9281)), which gives the message. Without the dimension of objects, `[K, 3]` trains on
+# nonsense, or raises an `IndexError` with other numbers ([vision#7750](https://github.com/pytorch/vision/issues/7750)). A
+# visibility of 0, or coordinates in [0, 1], give a loss of 0 and **no message**
+# ([vision#2125](https://github.com/pytorch/vision/issues/2125)).
+#
+# **Fix.** Coordinates are in pixels, like the boxes. Visibility is 1 or 2 where a point is annotated. K is the model's `num_keypoints`. `check_dataset` looks at all of these.
+
+# %%
+from torchvision.models.detection import KeypointRCNN
+
+sizes = {"min_size": MIN_SIZE, "max_size": MAX_SIZE}
+parts = {"rpn_anchor_generator": model.rpn.anchor_generator, **sizes}
+keypoint_model = KeypointRCNN(model.backbone, 2, num_keypoints=4, **parts)
+corners = [[45.0, 30, 1], [55, 30, 1], [45, 70, 1], [55, 70, 1]]
+right = torch.tensor([corners])  # [1, 4, 3]
+with expect(IndexError):
+    keypoint_model([image], [{**target, "keypoints": right[:, :, :2]}])
+
+in_unit = right / torch.tensor([128, 96, 1])
+wrong = {"[4, 3]": right[0], "in [0, 1]": in_unit, "invisible": right * torch.tensor([1, 1, 0])}
+for name, points in {"right": right, **wrong}.items():
+    its_target = {**target, "keypoints": points}
+    loss = keypoint_model([image], [its_target])["loss_keypoint"].item()
+    report = check_dataset([(image, its_target)], num_classes=2, progress=False)
+    print(f"{name:9} loss is 0: {loss == 0!s:5} {[found.kind for found in report.findings]}")
+
+# %% [markdown]
+# ## Labels and classes
+#
 # <a id="bounds"></a>
 #
 # ### `IndexError: Target 2 is out of bounds.`, `CUDA error: device-side assert triggered`
@@ -473,36 +617,82 @@ plt.show()
 # **Fix.** `num_classes` counts the background, so it is the highest label plus one. Run **one batch on the CPU first**. If it breaks only on
 # the GPU, set `CUDA_LAUNCH_BLOCKING=1` before Python starts: then the line named is the line at fault. Remove it afterwards, as it is slow
 # ([PyTorch's forum](https://discuss.pytorch.org/t/cuda-launch-blocking-1-reduces-the-training-speed/160924)).
-
-# %%
-second_class = {"boxes": boxes, "labels": torch.tensor([2])}
-with expect(IndexError):
-    model([image], [second_class])
-
-num_classes = int(second_class["labels"].max()) + 1
-losses = new_model(num_classes)([image], [second_class])
-print(f"{num_classes = }")
-
-# %% [markdown]
+#
 # <a id="zero"></a>
 #
-# ### No message: label 0, or a negative label
+# ### No message: label 0, a negative label, or `num_classes=1`
 #
 # **Cause.** The classes are counted from 0, as for a classifier. For Faster R-CNN, Mask R-CNN and SSD, 0 is the
 # background: every box says *nothing here*, and the
-# model detects nothing ([vision#1952](https://github.com/pytorch/vision/issues/1952)). RetinaNet and FCOS do train a class 0. Objects with a negative
+# model detects nothing ([vision#1952](https://github.com/pytorch/vision/issues/1952)). The same holds for `num_classes=1`: it leaves room for the background only
+# ([vision#1360](https://github.com/pytorch/vision/issues/1360)). RetinaNet and FCOS do train a class 0. Objects with a negative
 # label are ignored by Faster R-CNN and Mask R-CNN; SSD raises an `IndexError`.
 #
-# **Fix.** Count from 1, and assert it. With only such objects there is no box to regress, so `loss_box_reg` is 0.
+# **Fix.** Count from 1, and assert it. One class is `num_classes=2`. With only background there is no box to regress, so `loss_box_reg` is 0. Replace
+# box and mask predictor with the **same** number: `replace_predictors(model, num_classes)`. If the mask predictor's is smaller,
+# it says `index 2 is out of bounds for dimension 1 with size 2`. `train_one_epoch` compares the two before it trains.
 
 # %%
+from tutorial_lib.models import replace_mask_predictor, replace_predictors
+
+second_class = {"boxes": boxes, "labels": torch.tensor([2])}
+with expect(IndexError):
+    model([image], [second_class])
+num_classes = int(second_class["labels"].max()) + 1
+losses = new_model(num_classes)([image], [second_class])
+print(f"{num_classes = }\n")
+
 for label in (0, -1, 1):
     losses = model([image], [{"boxes": boxes, "labels": torch.tensor([label])}])
     print(f"label {label:2}: loss_box_reg is 0: {bool(losses['loss_box_reg'] == 0)}")
+losses = new_model(num_classes=1)([image], [{"boxes": boxes, "labels": labels - 1}])
+print(f"num_classes=1: loss_box_reg is 0: {bool(losses['loss_box_reg'] == 0)}")
+with expect(ValueError):
+    replace_predictors(new_model(), num_classes=1)
+
+mask_rcnn = get_model("maskrcnn_mini_fpn", weights=None, num_classes=3)
+replace_mask_predictor(mask_rcnn, num_classes=2)  # not the same number
+with expect(IndexError):
+    mask_rcnn([image], [{**second_class, "masks": torch.ones(1, 96, 128)}])
 
 counted_from_zero = torch.tensor([0, 1, 1])
 class_labels = counted_from_zero + 1
 assert class_labels.min() >= 1 and class_labels.max() < num_classes
+
+# %% [markdown]
+# <a id="absent"></a>
+#
+# ### No message: a class is never detected, or `num_classes` is far too high
+#
+# **Gaps.** Category ids of a COCO file may have gaps: COCO's own 80 classes run to 90
+# ([vision#1141](https://github.com/pytorch/vision/issues/1141)). Used as labels, they make a classifier for classes that nobody has.
+# Renumber them from 1 without gaps, and keep the way back for results. `CocoDataset` does: `category_ids[label]` is the file's id.
+#
+# **Absent.** A class that is in the test images and not in the training images has AP 0. It looks like a bad model, and it is a bad split.
+#
+# **Rare.** Of a class with a few objects, a model learns little, and its AP jumps. The mean AP counts it like any other. torchvision has no
+# class weights ([vision#7167](https://github.com/pytorch/vision/issues/7167)). Collect more of it, show its images more often
+# (`WeightedRandomSampler`), or join it with a class that is alike.
+#
+# **Fix.** Look at the table by class, of objects in training and of AP (notebook [05](05_your_own_data.ipynb)). `check_dataset` warns.
+
+
+# %%
+def with_classes(of_image, num_images):
+    # Images with three objects each, of the given labels.
+    three = torch.tensor([[4.0, 20, 24, 60], [34, 20, 54, 60], [64, 20, 84, 60]])
+    targets = [{"boxes": three, "labels": torch.tensor(of_image(i))} for i in range(num_images)]
+    return [(torch.rand(3, 96, 128), {**t, "image_id": i}) for i, t in enumerate(targets)]
+
+
+file_ids = [1, 2, 90]
+label_of = {category_id: label for label, category_id in enumerate(sorted(file_ids), 1)}
+print(label_of, "num_classes:", max(file_ids) + 1, "->", len(label_of) + 1)
+
+train_images = with_classes(lambda i: [1, 1, 2 if i == 0 else 1], 20)
+test_images = with_classes(lambda i: [1, 2, 3], 5)
+report = check_dataset(train_images, num_classes=5, other=test_images, progress=False)
+print(report)
 
 # %% [markdown]
 # ## Calling the model
@@ -569,6 +759,33 @@ with expect(ValueError):
 own = FasterRCNN(coco_model.backbone, box_predictor=predictor)
 
 # %% [markdown]
+# <a id="family"></a>
+#
+# ### `AttributeError: 'RetinaNet' object has no attribute 'roi_heads'`; the same for `SSD`, `FCOS`, `DataParallel`
+#
+# **Cause.** `roi_heads.box_predictor` is a part of Faster, Mask and Keypoint R-CNN. RetinaNet, SSD and FCOS have one stage and other heads.
+# `DataParallel` and `DistributedDataParallel` hold the model as `.module`.
+#
+# **Fix.** Replace the classification head of that family ([vision#3442](https://github.com/pytorch/vision/issues/3442)).
+# `replace_predictors` names the line to use. Replace before you wrap a model for several GPUs. `DataParallel` cuts each image by its channels, and not the list
+# ([pytorch#25627](https://github.com/pytorch/pytorch/issues/25627)), so take
+# `DistributedDataParallel`. Training, `evaluate` and `predict` of this project work with all four families.
+
+# %%
+untrained = {"weights": None, "weights_backbone": None}
+retinanet = get_model("retinanet_resnet50_fpn", num_classes=91, **untrained, **sizes)
+with expect(AttributeError):
+    print(retinanet.roi_heads)
+with expect(TypeError):
+    replace_predictors(retinanet, num_classes=2)
+with expect(TypeError):
+    replace_predictors(torch.nn.DataParallel(new_model()), num_classes=2)
+
+fresh = get_model("retinanet_resnet50_fpn", num_classes=2, **untrained)
+retinanet.head.classification_head = fresh.head.classification_head
+print("RetinaNet:", *retinanet([image], [target]))
+
+# %% [markdown]
 # <a id="channels-out"></a>
 #
 # ### `ValueError: backbone should contain an attribute out_channels`
@@ -577,18 +794,7 @@ own = FasterRCNN(coco_model.backbone, box_predictor=predictor)
 # ([pytorch#159203](https://github.com/pytorch/pytorch/issues/159203)).
 #
 # **Fix.** Set the attribute. Ask the network for the number instead of looking it up.
-
-# %%
-trunk = torchvision.models.mobilenet_v3_small(weights=None).features
-with expect(ValueError):
-    FasterRCNN(trunk, num_classes=2)
-
-with torch.no_grad():
-    trunk.out_channels = trunk(torch.rand(1, 3, 96, 128)).shape[1]
-detector = FasterRCNN(trunk, num_classes=2)
-print(f"{trunk.out_channels = }")
-
-# %% [markdown]
+#
 # <a id="anchors"></a>
 #
 # ### `AssertionError: Anchors should be Tuple[Tuple[int]] […] There needs to be a match between the number of feature maps passed and the number of sizes / aspect ratios specified.`
@@ -604,10 +810,15 @@ print(f"{trunk.out_channels = }")
 # %%
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-sizes = {"min_size": MIN_SIZE, "max_size": MAX_SIZE}
+trunk = torchvision.models.mobilenet_v3_small(weights=None).features
+with expect(ValueError):
+    FasterRCNN(trunk, num_classes=2)
+with torch.no_grad():
+    trunk.out_channels = trunk(torch.rand(1, 3, 96, 128)).shape[1]
+print(f"{trunk.out_channels = }\n")
+
 with expect(AssertionError):
     FasterRCNN(trunk, num_classes=2, **sizes)([image], [target])
-
 anchors = AnchorGenerator(sizes=((32, 64, 128),), aspect_ratios=((0.5, 1.0, 2.0),))
 one_map = FasterRCNN(trunk, num_classes=2, rpn_anchor_generator=anchors, **sizes)
 losses = one_map([image], [target])
@@ -618,7 +829,7 @@ print(f"maps: {len(anchors.sizes)}, anchors: {anchors.num_anchors_per_location()
 #
 # <a id="nan"></a>
 #
-# ### `Loss is nan, stopping training`
+# ### `Loss is nan, stopping training`; or weights that turn NaN without a message
 #
 # **Cause.** torchvision's reference script prints this, and does not name the image. `train_one_epoch` of this project does. Look in this
 # order. The **pixels** of the images named: are they finite, and in [0, 1]? Their **boxes**: do they have a size
@@ -626,25 +837,38 @@ print(f"maps: {len(anchors.sizes)}, anchors: {anchors.num_anchors_per_location()
 # at the **learning rate**
 # ([maskrcnn-benchmark#721](https://github.com/facebookresearch/maskrcnn-benchmark/issues/721)).
 #
-# **Fix.** Repair the sample. Or divide the learning rate by 10, or lengthen the warm-up. Do not go on with that model: BatchNorm has the NaN
-# in its running averages.
+# A loss can be finite and its **gradient** NaN. Then the step writes NaN into the weights, and the *next* image is blamed. Causes are float16 without a
+# scaler, and a square root or a division at 0 in your own loss. On Apple's MPS, torchvision before 0.29 had such a bug
+# ([pytorch#190632](https://github.com/pytorch/pytorch/issues/190632), [vision#9510](https://github.com/pytorch/vision/pull/9510)).
+#
+# **Fix.** Repair the sample. Or divide the learning rate by 10, or lengthen the warm-up. For a gradient, train in float32, or on the CPU to compare.
+# `train_one_epoch` says which of the three it met: a bad loss, a bad gradient, or weights that were bad before. Go on from a checkpoint,
+# because BatchNorm has seen the batch. `save_checkpoint` refuses weights that are not finite.
 
 # %%
 from tutorial_lib.engine import train_one_epoch
 
 
-def train(pixels):
+def train(pixels, of_gradient=None, of_weights=None):
     loader = DataLoader([(pixels, target)], collate_fn=collate_fn)
     trained = new_model()
+    weight = trained.roi_heads.box_predictor.cls_score.weight
+    if of_gradient is not None:
+        weight.register_hook(lambda gradient: gradient * of_gradient)
+    if of_weights is not None:
+        weight.data *= of_weights
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.005)
     train_one_epoch(trained, optimizer, loader, device, progress=False)
 
 
-broken = image.clone()
-broken[0, 0, 0] = float("nan")
-with expect(FloatingPointError, "the loss is not finite", "image_id [7]"):
+broken, nan = image.clone(), float("nan")
+broken[0, 0, 0] = nan
+with expect(FloatingPointError, "images with image_id [7]", "the loss is not finite"):
     train(broken)
-
+with expect(FloatingPointError, "the loss is finite", "the gradient of", "is not"):
+    train(image, of_gradient=nan)
+with expect(FloatingPointError, "the weights are already not finite"):
+    train(image, of_weights=nan)
 train(broken.nan_to_num(0))
 print("pixels that are not finite:", int((~torch.isfinite(broken)).sum()))
 
@@ -658,12 +882,18 @@ print("pixels that are not finite:", int((~torch.isfinite(broken)).sum()))
 # [pytorch#40863](https://github.com/pytorch/pytorch/issues/40863)). Only a GPU gives this message, but the cell counts
 # the bytes on a CPU. If one small image is too much, `nvidia-smi` says whether another notebook fills the GPU.
 #
+# If it comes after a while, at `_box_inter_union`, one image has very many **objects**. The models compare every anchor with every object
+# ([vision#7959](https://github.com/pytorch/vision/issues/7959)). One training step of the small Faster R-CNN on a 600 × 600 image took at most 0.9 GiB with 10
+# boxes, and 4.0 GiB with 1000 (CPU, torch 2.14.1, torchvision 0.29.1). **Masks** are N × H × W bytes: 1000 objects in 1000 × 1000 pixels are 0.9 GiB.
+# `check_dataset` prints the number of objects an image.
+#
 # **Fix.** In this order:
 #
 # - lower the batch size. To keep its effect, add up the gradients of several small batches before each `optimizer.step()`;
 # - compute the backbone in bfloat16 (notebook [10](10_making_it_fast.ipynb));
 # - freeze the backbone's first stages: `trainable_backbone_layers` of the model's builder. Frozen layers keep nothing;
 # - lower `min_size` **and** `max_size`. Small objects suffer;
+# - with hundreds of objects in an image, cut it into tiles;
 # - evaluate under `torch.no_grad()`, and sum up losses with `.item()`;
 # - in a notebook, restart the kernel before you try again: the failed step's memory is not given back while the error is shown.
 
@@ -827,16 +1057,40 @@ file.seek(0)
 print(model.load_state_dict(torch.load(file)))
 
 # %% [markdown]
+# ## Taking the model out of Python
+#
+# <a id="export"></a>
+#
+# ### `Could not guard on data-dependent expression Eq(4*u1, 0)`, `Failed to export the model with torch.export`, `No module named 'onnxscript'`
+#
+# **Cause.** `torch.export` follows a model without values. How many boxes are left before `batched_nms` depends on values, so it stops there
+# ([vision#9321](https://github.com/pytorch/vision/issues/9321), [pytorch#118884](https://github.com/pytorch/pytorch/issues/118884),
+# [pytorch#146152](https://github.com/pytorch/pytorch/issues/146152)). The default of `torch.onnx.export` uses `torch.export`, and says the second message. Without its
+# package it says the third. Installing `onnxscript` leads to the second.
+#
+# **Fix.** Take the older exporter, which runs the model once: `torch.onnx.export(model.eval(), ([image],), "model.onnx", dynamo=False)`. It needs the
+# package `onnx`, else it says `Module onnx is not installed!`. It warns that it is deprecated
+# ([vision#9462](https://github.com/pytorch/vision/issues/9462) uses it, too). `export_onnx` of `tutorial_lib.export` does this for any
+# image size, and compares the file with PyTorch (notebook [05](05_your_own_data.ipynb)).
+
+# %%
+parts = ("Could not guard on data-dependent expression", "torchvision/ops/boxes.py")
+graph = io.StringIO()  # it also prints its whole graph
+with expect(RuntimeError, *parts), contextlib.redirect_stderr(graph):
+    torch.export.export(new_model().eval(), ([image],), strict=False)
+
+# %% [markdown]
 # ## Find them all before training
 #
 # <a id="check"></a>
 # Errors come one at a time, and some mistakes give no message. `check_dataset` reads every sample, and says in plain
-# English what would
-# fail or be learned wrongly, and what to do. A dataset can be a plain list. This one has five of the mistakes above, and one sample that is in order:
+# English what would fail or be learned wrongly, and what to do. A dataset can be a plain list. This one has five of the mistakes above, and one sample that is in order.
+#
+# In a script, `raise_for_errors` stops the run before the first step. `check_dataset` cannot know what you meant. Read
+# in the wrong format, the box near the corner is a box like any other. Only a mask beside it shows the mistake. So look
+# at pictures as well.
 
 # %%
-from tutorial_lib.checks import check_dataset
-
 mistakes = [
     (decoded, boxes, 1),
     (image, from_coco, 1),
@@ -849,15 +1103,8 @@ for image_id, (pixels, its_boxes, label) in enumerate(mistakes, start=1):
     its_target = {"boxes": its_boxes, "labels": torch.tensor([label])}
     samples.append((pixels, {**its_target, "image_id": image_id}))
 report = check_dataset(samples, num_classes=2, progress=False)
-print(report)
+print(report, "\n")
 assert {error.index for error in report.errors} == {1, 2, 3, 4, 5}
-
-# %% [markdown]
-# In a script, `raise_for_errors` stops the run before the first step. `check_dataset` cannot know what you meant. Read
-# in the wrong format, the box near the corner is a box like any other. Only a mask beside it shows the mistake. So look
-# at pictures as well.
-
-# %%
 with expect(ValueError, "sample 1", "sample 2", "sample 3"):
     report.raise_for_errors()
 
