@@ -551,5 +551,5 @@ if __name__ == "__main__" and Path("PennFudanPed").is_dir():
 # - [Mask R-CNN](https://arxiv.org/abs/1703.06870).
 # - [torchvision's reference scripts for detection](https://github.com/pytorch/vision/tree/main/references/detection).
 #
-# **Next:** [06, evaluate detections](06_evaluating_detections.ipynb), to see what these numbers do not
-# show.
+# **Next:** [05, train on your own data](05_your_own_data.ipynb), or [06, evaluate detections](06_evaluating_detections.ipynb), to
+# see what these numbers do not show.
