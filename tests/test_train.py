@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from tests.in_parts import evaluated, write_coco
 from tests.processes import launch
@@ -161,6 +162,16 @@ def test_crowds_are_left_out_in_training_only_and_blocks_stay_together(tmp_path)
     assert all(target["iscrowd"].all() for _, target in parts[1]) and any(len(t["boxes"]) for _, t in parts[2])
     steps = [b - a for part in parts[1:] for a, b in zip(part.indices, part.indices[1:], strict=False)]
     assert steps.count(1) >= 2  # neighbours
+
+
+def test_augmentations_can_be_left_out(tmp_path):
+    file = write_coco(tmp_path / "scenes", 4)
+    flip, colour = v2.RandomHorizontalFlip, v2.RandomPhotometricDistort
+    for left_out in ((), (flip,), (flip, colour)):
+        parts, _ = read_data(PRESETS["quick"], tmp_path / "scenes", [file], None, left_out)
+        for part, augments in zip(parts, (True, False, False), strict=True):
+            kinds = {type(step) for step in part.dataset.transforms.transforms}
+            assert kinds & {flip, colour} == ({flip, colour} - set(left_out) if augments else set())
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.transforms import v2
 
 from tutorial_lib.checkpoint import load_checkpoint, resume, save_checkpoint
 from tutorial_lib.checks import check_dataset
@@ -50,7 +51,7 @@ from tutorial_lib.presets import PRESETS, Preset, choose_preset, fetch_weights, 
 from tutorial_lib.transforms import get_transform
 
 
-def read_data(preset: Preset, images, files: list[Path], masks=None) -> tuple[list[Subset], list[str]]:
+def read_data(preset: Preset, images, files: list[Path], masks=None, left_out=()) -> tuple[list[Subset], list[str]]:
     """The images for training, validation and the test, and the categories, ``"__background__"`` first.
 
     Args:
@@ -58,12 +59,14 @@ def read_data(preset: Preset, images, files: list[Path], masks=None) -> tuple[li
         images: the folder that the files are about.
         files: one COCO file, three, or none.
         masks: of :class:`tutorial_lib.coco.CocoDataset`; None takes them where the first file has any.
+        left_out: classes of ``torchvision.transforms.v2`` that the training images go without.
 
     Raises:
         ValueError: a file has other categories than the first, or too few images to split; the message names it.
         OSError, RuntimeError, ValueError: as ``CocoDataset`` and :func:`tutorial_lib.presets.prepare_data`.
     """
     transforms, wholes = [get_transform(train) for train in (True, False, False)], []
+    transforms[0].transforms = [step for step in transforms[0].transforms if not isinstance(step, left_out)]
     sizes, block, categories = preset.split, 10, ["__background__", "person"]
     for transform, file in zip(transforms, files if len(files) == 3 else [*files] * 3, strict=False):
         with warnings.catch_warnings():
@@ -196,6 +199,8 @@ if __name__ == "__main__":
     add("--learning-rate", type=float, help="else the preset's")
     add("--num-windows", type=int, default=5, help="fewer: less padding; 1000: plain shuffling (default 5)")
     add("--seed", type=int, default=0)
+    add("--no-flip", action="store_false", dest="flip", help="where left and right matter")
+    add("--no-colour", action="store_false", dest="colour", help="where the colour tells the classes apart")
     add("--workers", type=int, default=0, help="more processes, which read the images")
     add("--device", choices=("cuda", "mps", "cpu"), help="else TUTORIAL_DEVICE; else a GPU where there is one")
     add("--resume", action="store_true", help="go on with the run in --out; the rest of the command as before")
@@ -214,7 +219,9 @@ if __name__ == "__main__":
     names = ("weights", "min_size", "max_size", "batch_size", "learning_rate")
     parser.set_defaults(epochs=preset.long_epochs, **{name: getattr(preset, name) for name in names})
     given = parser.parse_args()
-    settings = {name: getattr(given, name) for name in (*names, "epochs", "num_windows", "seed", "workers")}
+    settings = {
+        name: getattr(given, name) for name in (*names, "epochs", "num_windows", "seed", "workers", "flip", "colour")
+    }
     images, files, out, shorter, longer = given.images, given.annotations, given.out, given.min_size, given.max_size
     run = [name for name in ("last.pt", "best.pt", "results.json") if (out / name).exists()]
     whole = f"{world} process(es) with batches of {given.batch_size}"
@@ -243,7 +250,8 @@ if __name__ == "__main__":
     if rank:  # what the first process downloads, the others find
         dist.barrier()
     out.mkdir(parents=True, exist_ok=True)
-    parts, categories = read_data(preset, images, files, given.model and given.model.startswith("mask"))
+    left_out = (v2.RandomHorizontalFlip,) * (not given.flip) + (v2.RandomPhotometricDistort,) * (not given.colour)
+    parts, categories = read_data(preset, images, files, given.model and given.model.startswith("mask"), left_out)
     model = given.model or (preset.mask_rcnn if "masks" in parts[0][0][1] else preset.faster_rcnn)
     weights = None if given.weights == "none" else given.weights
     settings |= {"model": model, "weights": weights, "min_size": tuple(shorter), "processes": world}
@@ -268,6 +276,9 @@ if __name__ == "__main__":
             from tutorial_lib.export import export_onnx
 
             examples = [parts[2][i][0] for i in range(min(3, len(parts[2])))]
-            print(export_onnx(load_detector(out / "best.pt", "cpu")[0], out / "model.onnx", examples, categories))
+            try:
+                print(export_onnx(load_detector(out / "best.pt", "cpu")[0], out / "model.onnx", examples, categories))
+            except ValueError as error:
+                parser.exit(1, f"the run is complete, but for --export: {error}\n")
     if world > 1:
         dist.destroy_process_group()
