@@ -3,6 +3,7 @@
 # make test       every test, then every notebook
 # make lab        JupyterLab on the notebooks
 # make notebooks  write the stored outputs of notebooks whose code has changed
+# make site       the notebooks and the library's reference as pages, in build/site
 # Each sets up what it needs in $(VENV). TUTORIAL_PRESET=quick|laptop|full chooses the preset.
 
 VENV ?= .venv
@@ -13,7 +14,7 @@ NOTEBOOKS ?=
 THP_MEM_ALLOC_ENABLE ?= 1
 export THP_MEM_ALLOC_ENABLE
 
-.PHONY: run test lab notebooks clean
+.PHONY: run test lab notebooks site clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
@@ -35,6 +36,13 @@ lab: $(VENV)/ready
 
 notebooks: $(VENV)/ready
 	$(BIN)/python -m tools.notebooks build
+
+$(VENV)/site-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --editable ".[site]"
+	touch $@
+
+site: $(VENV)/site-ready
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf build

@@ -410,7 +410,7 @@ new_images.mkdir()
 for i in test[:6]:
     shutil.copy(IMAGES / names[i], new_images)
 predict_folder(best, categories, new_images, RUN / "predictions", device=device, progress=False)
-print((RUN / "predictions" / "predictions.csv").read_text(encoding="utf-8")[:300])
+print(*(RUN / "predictions" / "predictions.csv").read_text(encoding="utf-8").splitlines()[:6], sep="\n")
 
 # %% [markdown]
 # ## In a fresh process
