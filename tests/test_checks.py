@@ -223,7 +223,6 @@ class WithTargets(Files):
 
 
 JOINED = with_masks(TARGET["masks"].amax(dim=0, keepdim=True))
-IN_PIECES = with_masks(torch.stack([TARGET["masks"].amax(dim=0), TARGET["masks"][0]]))
 MANY = put(
     **dict.fromkeys(("boxes", "labels", "masks", "area", "iscrowd"), lambda value: value.repeat_interleave(34, 0))
 )
@@ -245,13 +244,12 @@ CASES = [  # dataset, what else check_dataset is given, what it finds
     (Files(4, put(area=lambda area: area * 4, masks=None)), {}, {AREA: [0, 1, 2, 3]}),
     # Masks that are not instances
     (
-        Files(8, {0: EMPTY} | dict.fromkeys((2, 3, 5), JOINED)),
+        Files(8, {0: EMPTY} | dict.fromkeys((2, 3, 5, 6), JOINED)),
         {"num_classes": None},
-        {"no objects": [0], NOT_ONE: [2, 3, 5]},
+        {"no objects": [0], NOT_ONE: [2, 3, 5, 6]},
     ),
-    (Files(4, IN_PIECES), {"num_classes": 2}, {}),  # behind something else: a map of classes has one object of each
     (Files(4, lambda *one: put(iscrowd=torch.ones(1))(*JOINED(*one))), {"num_classes": 2}, {"crowds": [None]}),
-    (Files(4, with_masks(soft_edges())), {"num_classes": 2}, {NOT_ONE: [0, 1, 2, 3]}),
+    (Files(4, with_masks(soft_edges())), {"num_classes": 2}, {NOT_ONE: [0, 0, 1, 1, 2, 2, 3, 3]}),
     (Files(4, with_masks(1 - TARGET["masks"].amax(dim=0, keepdim=True))), {"num_classes": 2}, {NOT_ONE: [0, 1, 2, 3]}),
     # Classes
     (Files(4), {"num_classes": 5}, {UNUSED: [None]}),
@@ -280,7 +278,7 @@ CASES = [  # dataset, what else check_dataset is given, what it finds
     (Files(12, put(boxes=torch.tensor([[30.0, 20, 50, 40]] * 3), masks=None, area=None)), {}, {}),  # in the middle
     (Files(4, put(image=lambda image: image * 0.1)), {}, {}),  # dark
     (Files(4, {0: BINARY, 1: put(area=lambda area: area * 4)}), {}, {}),  # of few samples they can be chance
-    (Files(11, dict.fromkeys((2, 3, 5), JOINED)), {}, {}),
+    (Files(11, dict.fromkeys((2, 3, 5, 7, 9), JOINED)), {}, {}),  # hidden in part
     (Files(4, put(keypoints=POINTS)), {}, {}),
     (Files(4, {1: put(keypoints=POINTS * torch.tensor([1, 1, 0]))}), {}, {MISSING: [0, 2, 3]}),
     (Files(4, put(masks=None)), {}, {}),

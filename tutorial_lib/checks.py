@@ -30,7 +30,7 @@ from tutorial_lib.data import boxes_from_masks
 # So many samples with objects are read again; objects of an image are many; samples or objects are few.
 _READ_AGAIN, _MANY, _FEW = 32, 100, 10
 _SHORT, _ONLY_IMAGE, _MASK = "boxes one pixel short", "image changes, boxes do not", "mask is not one object"
-# In a few samples these can be chance. They count where most samples with objects have them, _MASK where a third has.
+# In a few samples these can be chance. They count where most samples with objects have them.
 _USUAL = ("image of 0 and 1", "no visible keypoints", "area of another size", _SHORT, _ONLY_IMAGE, _MASK)
 _LAST_PIXEL = "torchvision.ops.masks_to_boxes returns the index of the last pixel: add 1 to x2 and y2."
 _TOGETHER = "Pass image and target to one v2 transform, boxes as tv_tensors.BoundingBoxes, masks as tv_tensors.Mask."
@@ -241,7 +241,7 @@ def check_dataset(
     general = list(_dataset_rules(samples, num_classes or len(categories), classes, other_labels, categories))
     findings = [Finding(*problem, i, names[i]) for i, sample in enumerate(samples) for problem in sample.problems]
     kinds = Counter(kind for kind, _ in {(finding.kind, finding.index) for finding in findings})
-    least = dict.fromkeys(_USUAL, tried / 2) | {_MASK: tried / 3, _ONLY_IMAGE: min(tried, _READ_AGAIN) / 2}
+    least = dict.fromkeys(_USUAL, tried / 2) | {_ONLY_IMAGE: min(tried, _READ_AGAIN) / 2}
     findings = tuple(finding for finding in findings if kinds[finding.kind] > least.get(finding.kind, 0))
     findings += tuple(Finding(*problem) for problem in general)
     numbers = [len(sample.boxes) for sample in samples] or [0]
@@ -421,9 +421,8 @@ def _box_rules(sample: _Sample, num_classes: int | None) -> Iterator[tuple[str, 
     apart, fill = (empty / ends[:2]).amax(dim=1), size / sides.prod(dim=1)
     border = torch.cat([filled[:, [0, -1]], filled[:, :, [0, -1]].mT], dim=2).flatten(1).float().mean(dim=1)
     thin = (fill < 0.25) & ((box_iou(tight, tight) > 0.5).sum(dim=1) > 1)
-    # A crowd may be in pieces, and a map of classes has no second object of a class.
-    whole = (sample.tensors.get("iscrowd", torch.zeros(0)) == 1).any() or len(set(sample.labels)) < len(sample.labels)
-    yield from _first(_MASK, "the gap inside masks", apart, (apart > 0.1) & (not whole), " of the image")
+    crowd = (sample.tensors.get("iscrowd", torch.zeros(0)) == 1).any()  # may be in pieces
+    yield from _first(_MASK, "the gap inside masks", apart, (apart > 0.1) & ~crowd, " of the image")
     yield from _first(_MASK, "the part of the image's border inside masks", border, border > 0.75)
     yield from _first(_MASK, "of nearly equal boxes, the part in masks", fill, thin & (2 * thin.sum() > len(thin)))
     gap = (tight - boxes) * torch.tensor([1, 1, -1, -1])  # from the box inwards to its mask, at each side
