@@ -1,6 +1,8 @@
 """The notebooks against their sources, the library and the project's address; no re-execution."""
 
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import sys
 
 import nbformat
 import pytest
+from PIL import Image
 
 from tools import notebooks
 from tools.notebooks import NOTEBOOKS, ROOT, SOURCES, code_of_cells, code_of_module, hashes, library_hash, read_source
@@ -159,6 +162,28 @@ def test_pictures_have_a_text_for_those_who_do_not_see_them(name):
         assert text.strip(), link
     for tag in re.findall(r"<img\b[^>]*>", markdown(name)):
         assert re.search(r"""\balt=["'][^"']+["']""", tag), tag
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_stored_suits_github(name):
+    """GitHub does not show notebooks of many megabytes, nor widgets, and shows escape codes as they are."""
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 2_000_000
+    outputs = json.dumps([cell.outputs for cell in code_cells(stored(name))])
+    assert r"\u001b" not in outputs
+    assert "vnd.jupyter.widget" not in outputs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_are_sharp_and_not_too_large(name):
+    """A figure's text has its size at 100 dpi, before empty edges are cut off and wide ones are made smaller."""
+    bundles = [output["data"] for cell in code_cells(stored(name)) for output in cell.outputs if "data" in output]
+    for data in bundles:
+        for kind in {"image/png", "image/jpeg"} & data.keys():
+            with Image.open(io.BytesIO(base64.b64decode(data[kind]))) as picture:
+                width, height = picture.size
+            assert 150 <= width <= 1300 and 100 <= height <= 1000, data["text/plain"]
+            if figure := re.match(r"<Figure size (\d+)x", data["text/plain"]):
+                assert 72 <= 100 * width / int(figure[1]) <= 110, data["text/plain"]
 
 
 @pytest.mark.parametrize("name", NAMES)

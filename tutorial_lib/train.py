@@ -121,7 +121,7 @@ def train(parts: list[Subset], categories: list[str], settings: dict, out: Path,
     was = load_checkpoint(out / "last.pt")["settings"] if resuming else settings
     changed = [f"{name} was {was.get(name)}, is {now}" for name, now in settings.items() if was.get(name) != now]
     if changed:
-        raise ValueError(f"{out / 'last.pt'} cannot go on with other settings ({'; '.join(changed)}): start a new --out")
+        raise ValueError(f"{out / 'last.pt'} cannot go on with other settings ({'; '.join(changed)}): take a new --out")
     batch_size, epochs = settings["batch_size"], settings["epochs"]
     ratios = [width / height for height, width in map(parts[0].dataset.get_height_and_width, parts[0].indices)]
     windows, order = settings["num_windows"], torch.Generator()  # of the same seed in every process

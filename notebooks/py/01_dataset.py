@@ -331,7 +331,7 @@ def get_transform(train: bool) -> v2.Transform:
 torch.manual_seed(SEED)
 samples = [get_transform(train=True)(image, target) for _ in range(4)]
 images, targets = zip(*samples, strict=True)
-show(images, targets, columns=4)
+show(images, targets, columns=4, cell=(3.2, 2.8))
 plt.show()
 
 # %% [markdown]

@@ -276,7 +276,7 @@ for number, block in enumerate(blocks_of(pretrained.eval())):
     with torch.no_grad():
         x = block(x)
     last[256 // x.shape[2]] = number, x
-figure, panels = plt.subplots(1, 5, figsize=(14, 2.6), layout="constrained")
+figure, panels = plt.subplots(1, 5, figsize=(12, 2.3), layout="constrained")
 for axes, (stride, (number, x)) in zip(panels, last.items(), strict=True):
     axes.imshow(x[0].norm(dim=0))
     axes.set_title(f"stride {stride}", fontsize=10)

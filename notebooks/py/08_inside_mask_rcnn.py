@@ -164,7 +164,7 @@ pictures = [image, *(both.tensors * std + mean)]
 pictures = [p.clamp(0, 1).permute(1, 2, 0).cpu() for p in pictures]
 x1, top, x2, _ = target["boxes"][0].tolist()
 left = (x1 + x2) / 2 - 20
-figure, panels = plt.subplots(1, 5, figsize=(15, 3), width_ratios=[4, 4, 4, 3, 3], layout="constrained")
+figure, panels = plt.subplots(1, 5, figsize=(12, 2.5), width_ratios=[4, 4, 4, 3, 3], layout="constrained")
 titles = ["the picture", "in a batch of two", "the other one", "40 pixels", "resized"]
 for axes, i, title in zip(panels, (0, 1, 2, 0, 1), titles, strict=True):
     axes.imshow(pictures[i], interpolation="nearest")
