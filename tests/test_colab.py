@@ -53,7 +53,8 @@ def run(*command: object, folder: Path, timeout: float) -> str:
     """
     ours = ("PYTHON", "VIRTUAL_ENV", "TUTORIAL_", "PENN_FUDAN", "JUPYTER", "IPYTHON", "MPL")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    environment |= {"TUTORIAL_PRESET": "quick", "JUPYTER_DATA_DIR": str(folder.parent / "no kernels but its own")}
+    environment |= {"TUTORIAL_PRESET": "quick", "TORCH_HOME": str(folder.parent / "torch")}
+    environment |= {"JUPYTER_DATA_DIR": str(folder.parent / "jupyter")}  # no kernels but its own
     process = subprocess.Popen(
         list(map(str, command)), cwd=folder, env=environment, text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

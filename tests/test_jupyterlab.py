@@ -49,15 +49,18 @@ BROKEN = """() => {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Iterator[str]:
-    """The address of JupyterLab on a copy of the notebooks, with {} for a notebook's name."""
+    """The address of JupyterLab on a copy of the project, where notebooks put data too; {} is a notebook's name."""
     project = tmp_path_factory.mktemp("project")
-    shutil.copytree(NOTEBOOKS, project / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    shutil.copy(REPOSITORY / "pyproject.toml", project)  # it pairs notebooks with their sources
-    settings = project / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    for folder in (NOTEBOOKS, REPOSITORY / "tutorial_lib"):
+        shutil.copytree(folder, project / folder.name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", project)
+    settings = (
+        project / "jupyter/config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    )
     settings.parent.mkdir(parents=True)
     settings.write_text(NO_NEWS, encoding="utf-8")
-    own = {f"JUPYTER_{kind}_DIR": str(project / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    own |= {"IPYTHONDIR": str(project / "ipython"), "TUTORIAL_PRESET": "quick"}
+    own = {f"JUPYTER_{kind}_DIR": str(project / "jupyter" / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    own |= {"IPYTHONDIR": str(project / "ipython"), "PYTHONPATH": str(project), "TUTORIAL_PRESET": "quick"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
