@@ -21,7 +21,7 @@ def run_python(*arguments: object, timeout: float = 300, **environment: str) -> 
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException as error:
-        output = _end(process)
+        output = end(process)
         if isinstance(error, subprocess.TimeoutExpired):
             raise AssertionError(f"{process.args} took over {timeout} s; its output: {output}") from error
         raise  # Ctrl-C
@@ -34,7 +34,7 @@ def launch(processes: int, *arguments: object, **options) -> subprocess.Complete
     return run_python(*launcher, *arguments, USE_LIBUV="0", **options)
 
 
-def _end(process: subprocess.Popen) -> object:
+def end(process: subprocess.Popen) -> object:
     """The launcher's processes have groups of their own, which it ends, in 30 s or less, when it is told to end."""
     for name, seconds in (("SIGTERM", 40), ("SIGKILL", 5)):
         with contextlib.suppress(ProcessLookupError):

@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.processes import REPOSITORY, _end
+from tests.processes import REPOSITORY, end
 from tools.address import in_notebook
 from tools.notebooks import NOTEBOOKS
 
@@ -62,7 +62,7 @@ def run(*command: object, folder: Path, timeout: float) -> str:
     try:
         printed, _ = process.communicate(timeout=timeout)
     except BaseException as error:
-        output = _end(process)
+        output = end(process)
         if isinstance(error, subprocess.TimeoutExpired):
             raise AssertionError(f"{process.args} took over {timeout} s; its output: {output}") from error
         raise  # Ctrl-C

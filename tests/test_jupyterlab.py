@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import REPOSITORY, _end
+from tests.processes import REPOSITORY, end
 from tools.notebooks import BUILD, NOTEBOOKS
 
 pytestmark = pytest.mark.browser
@@ -76,7 +76,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
             wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", process, log.name)
             yield f"http://127.0.0.1:{port}/lab/tree/{{}}.ipynb?token={token}&reset"
         finally:
-            _end(process)
+            end(process)
 
 
 def wait_for(address: str, process: subprocess.Popen, log: str, seconds: float = 60) -> None:

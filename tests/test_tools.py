@@ -323,7 +323,7 @@ def test_the_set_up_cell_installs_or_says_what_to_do(monkeypatch, installed):
         if installed or url:
             exec(address.SET_UP.format(url), {"get_ipython": lambda: shell})
         else:
-            with pytest.raises(AssertionError, match="tutorial_lib is missing: set ADDRESS to"):
+            with pytest.raises(AssertionError, match="tutorial_lib is missing: set ADDRESS"):
                 exec(address.SET_UP.format(url), {"get_ipython": lambda: shell})
     packages = f"install -q --no-deps tutorial_lib@git+{GIVEN} pycocotools defusedxml"
     assert asked == ([] if installed else [("pip", packages)])

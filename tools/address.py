@@ -23,7 +23,7 @@ SET_UP = """import importlib.util
 
 ADDRESS = "{}"
 if importlib.util.find_spec("tutorial_lib") is None:
-    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS, or pip install a clone of this project"
     packages = f"tutorial_lib@git+{{ADDRESS}} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {{packages}}")"""
 # Notebook 03 installs more below.

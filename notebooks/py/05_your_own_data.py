@@ -38,7 +38,7 @@ import importlib.util
 
 ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS, or pip install a clone of this project"
     packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
@@ -435,7 +435,7 @@ print("the fresh process detects the same number of objects")
 
 # %% tags=["nbval-ignore-output"]
 if importlib.util.find_spec("onnxruntime") is None:
-    get_ipython().run_line_magic("pip", "install -q onnx onnxruntime")
+    get_ipython().run_line_magic("pip", "install -q onnx==1.22.* onnxruntime")  # a newer onnx changes Colab's protobuf
 
 from tutorial_lib.export import export_onnx
 

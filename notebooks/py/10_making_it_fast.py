@@ -38,7 +38,7 @@ import importlib.util
 
 ADDRESS = ""
 if importlib.util.find_spec("tutorial_lib") is None:
-    assert ADDRESS, "tutorial_lib is missing: set ADDRESS to this project's address on GitHub, or pip install a clone"
+    assert ADDRESS, "tutorial_lib is missing: set ADDRESS, or pip install a clone of this project"
     packages = f"tutorial_lib@git+{ADDRESS} pycocotools defusedxml"
     get_ipython().run_line_magic("pip", f"install -q --no-deps {packages}")
 
@@ -213,7 +213,7 @@ def step(model, optimizer, batch):
 
 
 step(model, optimizer, batch)
-with profile(activities=activities) as profiler:
+with profile(activities=activities, acc_events=True) as profiler:
     step(model, optimizer, batch)
 
 # %%
