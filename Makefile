@@ -1,4 +1,4 @@
-# make run        the course's notebooks, headless, at the preset at hand; pictures and executed copies in build/
+# make run        notebooks 01 to 05, headless, at the preset at hand; pictures and executed copies in build/
 #                 (NOTEBOOKS=all for every notebook, NOTEBOOKS="06 07" for these two)
 # make test       every test, then every notebook
 # make lab        JupyterLab on the notebooks
