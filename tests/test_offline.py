@@ -109,7 +109,7 @@ def test_mini_models_are_torchvisions_from_their_registry(name, sample_root):
     torch.manual_seed(0)
     model = get_model(name, num_classes=8, min_size=128, box_score_thresh=0.0, box_detections_per_img=6)
     assert model.transform.min_size == (128,) and get_model(name).transform.min_size == (192,)
-    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) <= 2.5e6
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) <= 5e6
     # With MobileNet's own 0.01, AP stays 0 in a short training.
     assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
     image, target = PennFudanDataset(sample_root, get_transform(train=False))[0]
@@ -144,7 +144,7 @@ def test_weights_are_the_files_and_say_what_they_are(name, no_network):
     assert {key.split("_")[0] for key in metrics} == ({"box", "mask"} if "mask" in name else {"box"})
     assert meta["categories"] == CATEGORIES and CATEGORIES[:2] == ["__background__", "person"]
     assert enum.DEFAULT.transforms()(torch.zeros(3, 4, 5, dtype=torch.uint8)).dtype == torch.float32
-    assert STARTER.stat().st_size < 8e6 and no_network == []
+    assert STARTER.stat().st_size < 10e6 and no_network == []
     for num_classes in (2, 91):
         with pytest.raises(ValueError, match=rf"num_classes={num_classes}, .*\b{len(CATEGORIES)}\b"):
             get_model(name, weights="DEFAULT", num_classes=num_classes)

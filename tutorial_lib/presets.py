@@ -54,7 +54,7 @@ PRESETS = {
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=(208, 240, 272, 304, 320), max_size=560,
-        batch_size=4, learning_rate=1.5e-3, epochs=8, scratch_epochs=6, long_epochs=24,
+        batch_size=4, learning_rate=5e-4, epochs=8, scratch_epochs=6, long_epochs=20,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",
@@ -166,7 +166,7 @@ def provenance(preset: Preset, device: torch.device, weights: str | None = None)
         weights: what the models start from, where that is not the preset's detector weights.
     """
     if weights is None:
-        weights = "starter weights (synthetic scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
+        weights = "starter weights (ImageNet, synthetic scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
     where = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()

@@ -1,6 +1,6 @@
 """The mini models: Faster R-CNN and Mask R-CNN put together from torchvision's own parts, only narrower.
 
-A MobileNetV3-small trunk and a 96-channel FPN. Importing this module registers them with
+An EfficientNet-Lite0 trunk and a 96-channel FPN. Importing this module registers them with
 torchvision, so that ``torchvision.models.get_model("maskrcnn_mini_fpn", weights="DEFAULT")``
 works as it does for torchvision's models, from a file of this package, without a network.
 """
@@ -16,29 +16,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import Weights, WeightsEnum, mobilenet_v3_small
+from torchvision.models import Weights, WeightsEnum
 from torchvision.models._api import BUILTIN_MODELS, register_model
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms._presets import ObjectDetection
 
 from tutorial_lib.offline.roi_align import EmbeddingBagRoIAlign
 from tutorial_lib.offline.sample import CATEGORIES
 
+# EfficientNet-B0's blocks: expansion, kernel, stride, channels in and out, how often.
+_BLOCKS = (
+    (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+    (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1),
+)  # fmt: skip
+
+
+def efficientnet_lite0() -> nn.Sequential:
+    """The trunk of the mini models: the layers of EfficientNet-Lite0 before its last 1 x 1 convolution.
+
+    That is EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in place of SiLU, and here with frozen
+    BatchNorm. Element 2 gives 24 channels at stride 4, 3 gives 40 at 8, 5 gives 112 at 16, and 7 gives 320 at 32.
+
+    Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite; notebook 03.
+    """
+    block = partial(MBConv, se_layer=lambda *_, **__: nn.Identity())
+    settings = [MBConvConfig(*row, block=block) for row in _BLOCKS]
+    frozen = partial(FrozenBatchNorm2d, eps=0.001)
+    whole = EfficientNet(settings, dropout=0, stochastic_depth_prob=0, last_channel=320, norm_layer=frozen)
+    trunk = whole.features[:-1]
+    for name, module in list(trunk.named_modules()):
+        if isinstance(module, nn.SiLU):
+            trunk.set_submodule(name, nn.ReLU6(inplace=True))
+    return trunk
+
 
 def _mini_parts(num_classes: int) -> dict[str, Any]:
-    # Momentum 0.1: with MobileNetV3's own 0.01 the running statistics lag behind in
-    # a short training, and AP stays 0 while the loss falls.
-    norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.1)
-    trunk = mobilenet_v3_small(weights=None, norm_layer=norm_layer).features
     channels = 96
     backbone = BackboneWithFPN(
-        trunk,
-        return_layers={"1": "0", "3": "1", "8": "2", "11": "3"},
-        in_channels_list=[16, 24, 48, 96],
+        efficientnet_lite0(),
+        return_layers={"2": "0", "3": "1", "5": "2", "7": "3"},
+        in_channels_list=[24, 40, 112, 320],
         out_channels=channels,
     )
     return {
@@ -52,9 +75,9 @@ def _mini_parts(num_classes: int) -> dict[str, Any]:
     }
 
 
-# Fewer proposals than torchvision's 2000 and 1000: small images hold fewer objects.
+# The trunk's own mean and deviation. Fewer proposals than torchvision's 2000 and 1000: small images hold fewer objects.
 _MINI_DEFAULTS = {
-    "min_size": 192, "max_size": 384,
+    "min_size": 192, "max_size": 384, "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3,
     "rpn_pre_nms_top_n_train": 600, "rpn_post_nms_top_n_train": 300,
     "rpn_pre_nms_top_n_test": 300, "rpn_post_nms_top_n_test": 150,
     "box_batch_size_per_image": 64,
@@ -83,7 +106,10 @@ _OF_MODEL = _META.pop("models")
 
 
 def _starter(model: str) -> Weights:
-    docs = "Trained on scenes that tutorial_lib/offline/sample.py makes; they have never seen a photograph."
+    docs = (
+        "The trunk has the ImageNet weights of EfficientNet-Lite0 (Google, Apache-2.0). FPN and heads were trained on "
+        "scenes that tutorial_lib/offline/sample.py makes."
+    )
     meta = {**_META, **_OF_MODEL[model], "categories": CATEGORIES, "min_size": (1, 1), "_docs": docs}
     return Weights(url="mini_fpn.pt", transforms=ObjectDetection, meta=meta)
 
@@ -110,10 +136,23 @@ def _num_classes(weights: WeightsEnum | None, num_classes: int | None) -> int:
     return expected
 
 
+def _load(model: FasterRCNN, weights: WeightsEnum | None) -> FasterRCNN:
+    if weights is not None:
+        own = model.state_dict()
+        model.load_state_dict({name: value for name, value in weights.get_state_dict().items() if name in own})
+        for (
+            stage
+        ) in "0123":  # as in torchvision's pre-trained detectors, the first stages of the trunk stay as they are
+            model.backbone.body[stage].requires_grad_(False)
+    return model
+
+
 def fasterrcnn_mini_fpn(
     *, weights: FasterRCNN_Mini_FPN_Weights | None = None, num_classes: int | None = None, **kwargs: Any
 ) -> FasterRCNN:
-    """Faster R-CNN with a MobileNetV3-small trunk and a 96-channel FPN over four of its levels.
+    """Faster R-CNN with an EfficientNet-Lite0 trunk and a 96-channel FPN over four of its levels.
+
+    With weights, BatchNorm keeps ImageNet's statistics, and the trunk's first stages, to stride 8, are frozen.
 
     Args:
         weights: ``FasterRCNN_Mini_FPN_Weights.DEFAULT``, its name, or None for random weights.
@@ -130,10 +169,7 @@ def fasterrcnn_mini_fpn(
     weights = FasterRCNN_Mini_FPN_Weights.verify(weights)
     parts = _mini_parts(_num_classes(weights, num_classes))
     model = FasterRCNN(**{**parts, **_MINI_DEFAULTS, **kwargs})
-    if weights is not None:
-        state_dict = weights.get_state_dict()
-        model.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("roi_heads.mask_")})
-    return model
+    return _load(model, weights)
 
 
 def maskrcnn_mini_fpn(
@@ -153,9 +189,7 @@ def maskrcnn_mini_fpn(
     parts["mask_head"] = MaskRCNNHeads(channels, (channels, channels), dilation=1)
     parts["mask_predictor"] = MaskRCNNPredictor(channels, channels, _num_classes(weights, num_classes))
     model = MaskRCNN(**{**parts, **_MINI_DEFAULTS, **kwargs})
-    if weights is not None:
-        model.load_state_dict(weights.get_state_dict())
-    return model
+    return _load(model, weights)
 
 
 for _builder in (fasterrcnn_mini_fpn, maskrcnn_mini_fpn):
