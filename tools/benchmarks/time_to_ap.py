@@ -9,10 +9,9 @@ the disk, flips only, and in each epoch an evaluation with pasted masks. Ours is
 the dataset is opened, and the evaluation of each epoch is part of the time. The best epoch is measured on the test
 images afterwards.
 
-Rows go to ``results/time_to_ap.json``, one for each recipe and seed; those of the same weights and code here are not measured
-again.
-A run that never has an AP counts with all its seconds: it would have needed more. So a ratio with such a run is a lower
-bound, and is marked as one.
+Rows go to ``results/time_to_ap.json``, one for each recipe and seed; those of the same weights and code here are not
+measured again. A run that never has an AP counts with all its seconds: it would have needed more. So a ratio with such
+a classic run is a lower bound. ``arrived`` says how many runs had it.
 """
 
 from __future__ import annotations
