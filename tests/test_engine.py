@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torchvision.ops import FrozenBatchNorm2d
 
 from tutorial_lib import engine
 from tutorial_lib.data import AspectRatioBatchSampler, collate_fn
@@ -129,7 +130,8 @@ def test_use_bfloat16_where_the_device_is_faster_in_it(monkeypatch):
         model = mini_model()
         assert use_bfloat16(model, torch.device(device)) is expected
         changed = {name for name, module in model.named_modules() if "forward" in vars(module)}
-        assert changed == ({"backbone"} | heads if expected else set())
+        norms = {name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}
+        assert norms and changed == ({"backbone"} | heads | norms if expected else set())
     assert use_bfloat16(nn.Linear(2, 2), CPU) is False  # there is nothing to change
 
 

@@ -288,7 +288,7 @@ def test_the_library_hash_is_of_the_sample_the_weights_and_the_results_that_are_
         "from tutorial_lib.presets import choose_preset, prepare_data",
         "from tutorial_lib.coco_eval import compare",
         'results = files("tutorial_lib") / "results"\nrows = json.loads((results / "speed.json").read_text())["rows"]',
-        'rows = {name: results(f"{name}.json") for name in ("speed", "windows")}',
+        'rows = {name: results(f"{name}.json") for name in ("speed", "growth")}',
         "print('speed', speed_json, results)",
     ]
     sample = (library / "offline" / "sample.py").read_text(encoding="utf-8")
@@ -300,14 +300,15 @@ def test_the_library_hash_is_of_the_sample_the_weights_and_the_results_that_are_
     assert changed_hashes(codes, "offline/weights/mini_fpn.pt", weights) == [True, False, False, False, False]
     assert changed_hashes(codes, "offline/weights/mini_fpn.json", b"{}") == [True, False, False, False, False]
     assert changed_hashes(codes, "results/speed.json", b"{}") == [False, False, True, True, True]
-    assert changed_hashes(codes, "results/windows.json", b"{}") == [False, False, False, True, False]
+    assert changed_hashes(codes, "results/growth.json", b"{}") == [False, False, False, True, False]
 
 
 def test_the_notebooks_that_show_results_depend_on_them(changed_hashes, tmp_path):
     library = tmp_path / "tutorial_lib"
     shutil.copytree(ROOT / "tutorial_lib", library, ignore=shutil.ignore_patterns("__pycache__"))
     codes = [code_of_cells(source(name)) for name in NAMES]
-    for result, shown_in in {"speed": "10", "windows": "10", "backbones": "09", "starter": "none"}.items():
+    shown = {"speed": "10", "growth": "10", "recipes": "10", "backbones": "09", "starter": "none"}
+    for result, shown_in in shown.items():
         changed = changed_hashes(codes, f"results/{result}.json", b"{}")
         assert changed == [name.startswith(shown_in) for name in NAMES], result
 

@@ -1,7 +1,7 @@
 """Build and run the notebooks.
 
     python -m tools.notebooks build [NAME ...]   write notebooks/*.ipynb from notebooks/py/*.py
-    python -m tools.notebooks run [NAME ...]     run them into build/, with a summary table
+    python -m tools.notebooks run [NAME ...]     run them into build/, with a summary table and build/results.json
     python -m tools.notebooks address [URL]      write the project's address into badges and set-up cells
 
 A name is the start of one, as in ``run 06 07``. Without names, ``build`` builds all, and ``run`` runs the course
@@ -23,6 +23,7 @@ import datetime
 import functools
 import hashlib
 import io
+import json
 import os
 import platform
 import re
@@ -181,6 +182,27 @@ def store_photographs_as_jpeg(notebook: nbformat.NotebookNode) -> None:
                     output["data"]["image/jpeg"] = encoded
 
 
+def made_on() -> dict[str, str | int]:
+    """What a run was made with and on, now."""
+    device = pick_device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
+    return {
+        "preset": choose_preset().name,
+        "device": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def complete(notebook: nbformat.NotebookNode, made: dict) -> None:
+    """Make a notebook one that can be stored: what its outputs were made on, smaller pictures, no kernel's version."""
+    notebook.metadata["tutorial"] = made
+    store_photographs_as_jpeg(notebook)
+    notebook.metadata["language_info"] = {"name": "python"}
+
+
 def chosen(names: list[str]) -> list[Path]:
     """The sources of the notebooks that start with one of these names, or of all.
 
@@ -207,26 +229,13 @@ def build(names: list[str], force: bool) -> None:
             outputs = [c for c in stored.cells if c.cell_type == "code"]
             for cell, old in zip((c for c in notebook.cells if c.cell_type == "code"), outputs, strict=True):
                 cell.outputs, cell.execution_count = old.outputs, old.execution_count
-            notebook.metadata["tutorial"] = known
+            made = known
             print(f"{path.name}: code unchanged, outputs kept")
         else:
             seconds = execute(notebook, source.stem)
-            device = pick_device()
-            notebook.metadata["tutorial"] = {
-                "preset": choose_preset().name,
-                "device": torch.cuda.get_device_name()
-                if device.type == "cuda"
-                else f"{device.type} ({os.cpu_count()} cores)",
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "date": datetime.date.today().isoformat(),
-                "seconds": round(seconds),
-                **current,
-            }
+            made = {**made_on(), "seconds": round(seconds), **current}
             print(f"{path.name}: run in {seconds:.0f} s")
-        store_photographs_as_jpeg(notebook)
-        notebook.metadata["language_info"] = {"name": "python"}
+        complete(notebook, made)
         nbformat.validate(notebook)
         nbformat.write(notebook, path)
 
@@ -260,11 +269,12 @@ def _run_one(source: Path) -> tuple[str, float, dict[str, float] | None, int]:
         result = _result_of(notebook)
     except Exception as error:  # of a cell, or of the kernel: the other notebooks still run
         print(f"{source.stem} failed: {type(error).__name__}: {error}", flush=True)
-    seconds = time.perf_counter() - begun
+    seconds, pictures = time.perf_counter() - begun, _pictures_of(notebook)
+    if result is not None:
+        complete(notebook, {**made_on(), "seconds": round(seconds), **hashes(notebook)})
     nbformat.write(notebook, BUILD / f"{source.stem}.ipynb")
     for old in BUILD.glob(f"{source.stem}-[0-9][0-9].*"):
         old.unlink()
-    pictures = _pictures_of(notebook)
     for number, (ending, picture) in enumerate(pictures, start=1):
         (BUILD / f"{source.stem}-{number:02d}.{ending}").write_bytes(picture)
     return source.stem, seconds, result, len(pictures)
@@ -275,7 +285,11 @@ def run(names: list[str]) -> int:
     sources = chosen(names) if names else [s for s in chosen(["all"]) if s.stem.startswith(COURSE)]
     BUILD.mkdir(exist_ok=True)
     print(f"preset {choose_preset().name}; {len(sources)} notebooks", flush=True)
-    rows = [_run_one(source) for source in sources]
+    rows, made = [], made_on() | {"threads": torch.get_num_threads()}
+    for source in sources:
+        rows.append(_run_one(source))
+        ran = [{"notebook": name, "seconds": round(s), "failed": r is None, **(r or {})} for name, s, r, _ in rows]
+        (BUILD / "results.json").write_text(json.dumps(made | {"notebooks": ran}, indent=1) + "\n", encoding="utf-8")
     print(f"\n{'notebook':32} {'time':>7} {'box AP':>8} {'mask AP':>8}  pictures")
     for name, seconds, result, pictures in rows:
         aps = ["failed"] * 2

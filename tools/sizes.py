@@ -21,7 +21,7 @@ GROUPS = {
     ),
     "your own data": (1030, ["coco", "convert", "checks", "predict", "export"]),
     "scripts and presets": (340, ["train", "presets", "info"]),
-    "offline": (500, ["offline"]),
+    "offline": (520, ["offline"]),
 }
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_area, box_convert, box_iou
 from torchvision.transforms.v2.functional import horizontal_flip, vertical_flip
 from torchvision.tv_tensors import BoundingBoxes
 from tqdm import tqdm
@@ -431,7 +431,7 @@ def _box_rules(sample: _Sample, num_classes: int | None) -> Iterator[tuple[str, 
     # At the image's border a box may be larger than what a crop has left of its mask.
     cut = (gap > -1).all(dim=1) & (torch.cat([boxes, ends - boxes], dim=1) < 1).any(dim=1)
     judged = (gap.abs().amax(dim=1) > 2) & ~cut & (end > start).all(dim=1)
-    ious = box_iou(boxes, tight).diagonal()
+    ious = _ious(boxes, tight)
     for kind, low, high in (("box and mask disagree", 0, 0.5), ("box differs from its mask", 0.5, 0.8)):
         bad = judged & (low <= ious) & (ious < high)
         first = int(bad.int().argmax())
@@ -439,9 +439,16 @@ def _box_rules(sample: _Sample, num_classes: int | None) -> Iterator[tuple[str, 
         yield from _first(kind, "boxes", boxes, bad, beside)
 
 
+def _ious(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each of boxes [N, 4] with the one of the same index in ``others``."""
+    shared = torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])
+    shared = shared.clamp(min=0).prod(dim=1)
+    return shared / (box_area(boxes) + box_area(others) - shared)
+
+
 def _fit(boxes: Tensor, others: Tensor) -> float:
     """The median IoU of boxes [N, 4] with the boxes of the same index in ``others``; NaN counts as 0."""
-    return box_iou(boxes, others).diagonal().nan_to_num(0).median().item()
+    return _ious(boxes, others).nan_to_num(0).median().item()
 
 
 def _dataset_rules(samples: list[_Sample], num_classes: int, classes: dict, other: set, names: dict) -> Iterator[tuple]:

@@ -271,7 +271,7 @@ def _metrics(images: Sequence[ImageIoUs], kind: str) -> CocoMetrics:
                 image.iscrowd[objects],
             )
             num_objects[:, i] = (~ignore).sum(axis=1)
-            targets = np.append(objects, -1)[matched]
+            targets = np.append(objects, -1).astype(np.int32)[matched]
             parts.append((np.full(len(found), i), found, np.arange(len(found)), image.scores[found], targets, ignored))
         place, found, rank, score, targets, ignored = (
             np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
@@ -289,7 +289,7 @@ def _metrics(images: Sequence[ImageIoUs], kind: str) -> CocoMetrics:
                     scores[:, :, k] = curves[1]
                     for first, values in recall_of_first.items():
                         values[:, k] = (true[0] & (rank < first)).sum(axis=1) / total
-        matches[label] = ClassMatches(place, found, score, targets[0], ignored[0], num_objects[0])
+        matches[label] = ClassMatches(place, found, score, targets[0].copy(), ignored[0].copy(), num_objects[0])
 
     def mean(values: np.ndarray) -> float | None:
         values = values[values > -1]

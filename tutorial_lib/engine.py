@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.ops import FrozenBatchNorm2d
 from tqdm import tqdm
 
 from tutorial_lib.coco_eval import CocoResults, coco_metrics, compare
@@ -68,7 +70,13 @@ def use_bfloat16(model: nn.Module, device: torch.device) -> bool:
     modules = [module for name, module in model.named_modules() if name in _BFLOAT16] * has_fast_bfloat16(device)
     for module in modules:
         module.forward = partial(_forward_in_bfloat16, module)  # a copy of the module gets its own
+        for norm in (each for each in module.modules() if isinstance(each, FrozenBatchNorm2d)):
+            norm.forward = partial(_frozen_norm, norm)
     return bool(modules)
+
+
+def _frozen_norm(norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:  # its own arithmetic would make x float32 again
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def _forward_in_bfloat16(module: nn.Module, *inputs: Any, **named: Any) -> Any:

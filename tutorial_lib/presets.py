@@ -49,8 +49,8 @@ _MINI = {
 
 PRESETS = {
     "quick": Preset(
-        "quick", "synthetic sample", split=(40, 8, 16), **_MINI, min_size=(192,), max_size=384,
-        batch_size=4, learning_rate=1.5e-3, epochs=4, scratch_epochs=4, long_epochs=10,
+        "quick", "synthetic sample", split=(40, 8, 16), **_MINI, min_size=(256,), max_size=512,
+        batch_size=4, learning_rate=5e-4, epochs=6, scratch_epochs=4, long_epochs=16,
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=(208, 240, 272, 304, 320), max_size=560,
@@ -65,7 +65,7 @@ PRESETS = {
 
 
 # What `full` becomes on a CPU. Notebook 04 then takes half an hour on one thread (results/full_cpu.json).
-FULL_ON_CPU = {"min_size": (400,), "max_size": 640, "epochs": 2, "scratch_epochs": 2, "long_epochs": 3}
+FULL_ON_CPU = {"min_size": (400,), "max_size": 640, "epochs": 3, "scratch_epochs": 6, "long_epochs": 3}
 
 
 def choose_preset(name: str | None = None, device: torch.device | None = None) -> Preset:
@@ -166,7 +166,7 @@ def provenance(preset: Preset, device: torch.device, weights: str | None = None)
         weights: what the models start from, where that is not the preset's detector weights.
     """
     if weights is None:
-        weights = "starter weights (ImageNet, synthetic scenes)" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
+        weights = "starter weights" if "mini" in preset.mask_rcnn else "torchvision's COCO weights"
     where = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()

@@ -506,10 +506,8 @@ for name, part in (("validation", val_set), ("test", test_set)):
 # - A new predictor knows nothing of your class. If all you need is "person", the zero-shot model may do.
 # - Another 50 test photographs would move AP by .05 or so (bootstrap, notebook
 #   [06](06_evaluating_detections.ipynb)). So even the second decimal is noise.
-# - The small model's weights come with this project. Two runs of `tools/pretrain.py` on synthetic images made them.
-#   The first run used older images, so no single command makes them again. After 4 epochs at `laptop`, a Mask R-CNN
-#   from these weights had a mean test mask AP of .346 over three seeds. From random weights it had .006. (With another
-#   split; `tutorial_lib/results/starter.json`.)
+# - The small model's weights come with this project. Its trunk has the ImageNet weights of EfficientNet-Lite0, and
+#   `tools/pretrain.py` trained the rest on synthetic images. `tutorial_lib/results/starter.json` says what that is worth.
 #
 # ## Further reading
 #

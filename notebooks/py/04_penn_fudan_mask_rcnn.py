@@ -29,8 +29,8 @@
 #
 # | preset | model | epochs | time |
 # |---|---|---|---|
-# | `quick` | `maskrcnn_mini_fpn`, 2.5 M parameters, 192 pixels | 10 | 1.5 min on one CPU core |
-# | `laptop` | the same, 208 to 320 pixels | 24 | 15 min on one CPU core |
+# | `quick` | `maskrcnn_mini_fpn`, 4.5 M parameters, 256 pixels | 16 | 2 min on one CPU core |
+# | `laptop` | the same, 208 to 320 pixels | 20 | 11 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn`, 44.4 M, 800 pixels | 10 | a GPU; without one, 3 epochs on smaller images, half an hour on one CPU core |
 
 # %% [markdown]
@@ -50,8 +50,8 @@ if importlib.util.find_spec("tutorial_lib") is None:
 
 # %% [markdown]
 # The next cell turns the preset into plain constants. `full` takes torchvision's Mask R-CNN with a
-# ResNet-50. `quick` and `laptop` take a small model with the same parts, already trained on other synthetic
-# images. `quick` has synthetic images instead of the photographs. The device is CUDA where there is a GPU.
+# ResNet-50. `quick` and `laptop` take a small model with the same parts. Its trunk was trained on ImageNet, the rest
+# on other synthetic images. `quick` has synthetic images instead of the photographs. The device is CUDA where there is a GPU.
 #
 # `RUN` is the folder for the files of a training run. With `None` it is a new temporary folder each time,
 # so that no old run goes on by accident. For a long run, name a folder that you keep (on Colab, in your

@@ -79,8 +79,8 @@ CATEGORIES = ["car", "dog", "sign"]
 ONE_BASED = None  # for VOC: True or False where the corners are known
 
 MODEL, WEIGHTS = "maskrcnn_mini_fpn", "DEFAULT"
-MIN_SIZE, MAX_SIZE = (192,), 384
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 8, 4, 1.5e-3
+MIN_SIZE, MAX_SIZE = (256,), 512
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 4, 5e-4
 IN_MEMORY, FLIP, COLOUR = True, True, True
 
 SHARES, SEED = {"val": 0.15, "test": 0.15}, 0
@@ -505,7 +505,7 @@ print("This run has left:", *sorted(path.name for path in RUN.iterdir()))
 # - A mask with a pixel value for each class (not each object) is `FORMAT = "semantic"`. It is cut into connected pieces, so objects that
 #   touch become one.
 # - Several classes of which one is very rare: report its AP with its number of objects. With three objects, AP is an anecdote.
-# - The starter weights of the mini models come from synthetic street scenes, like this example. So its AP says nothing about your data.
+# - The heads of the mini models were trained on synthetic street scenes, like this example. So its AP says nothing about your data.
 #
 # ## Further reading
 #

@@ -21,7 +21,7 @@
 #
 # - compare six backbones in one table, and put a feature pyramid on MobileNetV2;
 # - measure which of your boxes the anchors fit, and what the RPN then detects;
-# - freeze BatchNorm, freeze layers, change the image size, and measure each.
+# - freeze BatchNorm, freeze layers, change the image size, and measure what that does.
 #
 # **You need** notebook [03](03_swapping_the_backbone.ipynb). It explains trunks, `out_channels`, and why the anchors'
 # tuples are nested. On one CPU core it takes about 2 minutes at `quick` and about 5 at `laptop`. `full` is made for a
@@ -447,63 +447,20 @@ def freeze_batch_norm(module):
 # We compute the features of an image in training mode, alone and beside another image, with both kinds of BatchNorm:
 
 # %%
-from tutorial_lib.models import replace_box_predictor
-
-
-def small_detector():
-    torch.manual_seed(SEED)
-    model = get_model("fasterrcnn_mini_fpn", weights="DEFAULT", **SMALL_SIZES)
-    return replace_box_predictor(model, 2).to(device)
-
-
 two = torch.rand(2, 3, 128, 128)
+trunk = mobilenet_v2().features.train()
 for frozen in (False, True):
-    backbone = small_detector().backbone.cpu().train()
     if frozen:
-        freeze_batch_norm(backbone)
+        freeze_batch_norm(trunk)
     with torch.no_grad():
-        alone, beside = backbone(two[:1])["0"], backbone(two)["0"][:1]
+        alone, beside = trunk(two[:1]), trunk(two)[:1]
     same_features = torch.allclose(alone, beside, atol=1e-4)
     print(f"frozen {frozen}: features the same beside another image: {same_features}")
 
 # %% [markdown]
-# Which of the two is better depends on the batch, and on how far the new images are from those that the
-# statistics came from. We finetune both for a few epochs, and measure on the validation images, since freezing is a
-# choice too:
-
-
-# %%
-import time
-
-from tutorial_lib.engine import evaluate, train_one_epoch, warmup_cosine
-
-
-def finetuned(model):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    steps = len(train_loader)
-    schedule = warmup_cosine(optimizer, steps // 2, EPOCHS * steps)
-    torch.manual_seed(SEED)
-    begun = time.perf_counter()
-    for _ in range(EPOCHS):
-        train_one_epoch(model, optimizer, train_loader, device, lr_scheduler=schedule)
-    return time.perf_counter() - begun
-
-
-def report(name, model, seconds):
-    AP = evaluate(model, val_loader, device).box.AP
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"{name:22}{trainable:5.2f} M trainable {seconds:6.1f} s   val AP {AP:.3f}")
-
-
-# %% tags=["nbval-ignore-output"]
-baseline, frozen_norm = small_detector(), small_detector()
-freeze_batch_norm(frozen_norm)
-baseline_seconds = finetuned(baseline)
-report("BatchNorm trainable", baseline, baseline_seconds)
-report("BatchNorm frozen", frozen_norm, finetuned(frozen_norm))
-
-# %% [markdown]
+# A detector's batches are small, so their statistics are poor. A trunk that was trained on ImageNet has good ones.
+# That is why torchvision's pre-trained ResNet-50 detectors freeze them, and so does the small detector.
+#
 # ## `trainable_backbone_layers`
 #
 # torchvision's builders can freeze the trunk, from its entrance on. With pre-trained weights the default of a
@@ -521,22 +478,51 @@ for layers in range(6):
 
 # %% [markdown]
 # Nearly all of them are in the last two stages. So freezing the first three saves time and memory rather than
-# parameters. The small detector has no such argument. A loop over the 12 blocks of its trunk does the same. (The row
-# with all 12 is the run with trainable BatchNorm above.)
+# parameters. The small detector has no such argument. Its trunk has 8 stages, and a loop freezes those that we choose.
+# We finetune with all, with the last 4 and with none of them trainable. We measure on the validation images, since
+# freezing is a choice too:
+
+
+# %%
+import time
+
+from tutorial_lib.engine import evaluate, train_one_epoch, warmup_cosine
+from tutorial_lib.models import replace_box_predictor
+
+
+def small_detector(trainable=4):
+    torch.manual_seed(SEED)
+    model = get_model("fasterrcnn_mini_fpn", weights="DEFAULT", **SMALL_SIZES)
+    for name, stage in model.backbone.body.named_children():
+        stage.requires_grad_(int(name) >= 8 - trainable)
+    return replace_box_predictor(model, 2).to(device)
+
+
+def finetuned(model):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.01)
+    steps = len(train_loader)
+    schedule = warmup_cosine(optimizer, steps // 2, EPOCHS * steps)
+    torch.manual_seed(SEED)
+    begun = time.perf_counter()
+    for _ in range(EPOCHS):
+        train_one_epoch(model, optimizer, train_loader, device, lr_scheduler=schedule)
+    return time.perf_counter() - begun
+
 
 # %% tags=["nbval-ignore-output"]
-report("12 blocks trainable", baseline, baseline_seconds)
-for trainable in (6, 0):
-    model = small_detector()
-    for name, block in model.backbone.body.named_children():
-        block.requires_grad_(int(name) >= 12 - trainable)
-    report(f"{trainable} blocks trainable", model, finetuned(model))
+by_stages = {}
+for trainable in (8, 4, 0):
+    by_stages[trainable] = model = small_detector(trainable)
+    seconds = finetuned(model)
+    AP = evaluate(model, val_loader, device).box.AP
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    print(f"{trainable} stages trainable: {count:.2f} M parameters, {seconds:5.1f} s, val AP {AP:.3f}")
 
 # %% [markdown]
-# The fewer layers are trained, the fewer a step has to go back through. What that costs or gains in AP depends on
-# how similar the trunk's first training images are to yours. These weights come from synthetic images. (In frozen
-# blocks of this trunk BatchNorm's statistics still move. In torchvision's pre-trained ResNet-50 they are frozen
-# already.)
+# The fewer layers are trained, the fewer a step has to go back through. The first stages have the largest maps, so
+# freezing them saves the most. What that costs or gains in AP depends on how similar the trunk's first training images
+# are to yours.
 #
 # ## `min_size` and `max_size`
 #
@@ -578,11 +564,11 @@ def images_per_second(model, loader):
 
 
 # %% [markdown]
-# Now we measure the detector that was trained with all blocks, at four sizes, without further training. (`max_size` is
-# twice
+# Now we measure the detector with 4 trained stages at four sizes, without further training. (`max_size` is twice
 # `min_size` here, so very wide photographs come out larger than above.)
 
 # %% tags=["nbval-ignore-output"]
+baseline = by_stages[4]
 print(f"{'min_size':>8}{'images/s':>10}{'val AP':>8}{'best anchor IoU':>17}")
 for factor in (0.5, 1, 1.5, 2):
     size = round(SMALL_SIZES["min_size"] * factor)

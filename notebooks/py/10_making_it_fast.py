@@ -340,31 +340,8 @@ model.transform.min_size = MIN_SIZES[-1:]
 bars(padding, "padding, in percent of the pixels that are computed")
 
 # %% [markdown]
-# Does AP stay? `python -m tools.benchmarks.windows` finetuned the small model as notebook 04 does, with three seeds
-# each and a random split. Each training took 4 epochs on photographs or 10 on synthetic images:
-
-# %%
-import statistics
-from itertools import groupby
-
-windows = json.loads((results / "windows.json").read_text())["rows"]
-print(f"{'images':12}{'windows':>8}{'box AP':>16}{'mask AP':>16}{'seconds':>9}")
-for (name, number), group in groupby(windows, lambda row: (row["preset"], row["num_windows"])):
-    runs = list(group)
-    images = {"quick": "synthetic", "laptop": "photographs"}[name]
-    print(f"{images:12}{number:8}", end="")
-    for kind in ("box_AP", "mask_AP"):
-        values = [run[kind] for run in runs]
-        print(f"{statistics.mean(values):8.3f} ± {statistics.stdev(values):.3f}", end="")
-    print(f"{statistics.mean(run['training_seconds'] for run in runs):9.0f}")
-print(f"\n{runs[0]['device']}, {runs[0]['threads']} thread, torch {runs[0]['torch']}, {runs[0]['date']}")
-
-# %% [markdown]
-# The first row of each group is plain shuffling, and ± is the standard deviation of the three seeds. On
-# photographs, five windows left both APs within that spread, and took a sixth less time. On the synthetic
-# images, a single window cost 0.07 of mask AP, and the three seeds agree on that. Five windows cost 0.03, about as much as
-# their seeds differ. In box AP the seeds differ too much to tell. The library's default is five, and `tutorial_lib.train` uses
-# it. Notebook 04 shuffles plainly.
+# Sorting makes batches less random, and with a single window that can cost AP. The library's default is five windows,
+# and `tutorial_lib.train` uses it. Notebook 04 shuffles plainly.
 #
 # ## Threads: not always more
 #

@@ -9,9 +9,10 @@ names and shapes of COCO's, and a server of this process hands them out: ``fetch
 ResNet are trained.
 
 Every row of ``results/full_cpu.json`` has the seconds of an image, and the minutes of notebook 04 that follow from
-them: of each epoch the training, the validation loss and the evaluation of the validation images, and before and after
-all epochs an evaluation of the test images. Images are in memory. Random weights give 100 detections an image, which
-is more than trained ones do, so evaluation is measured at its slowest. With ``--images`` nothing is written.
+them: of each epoch the training, the validation loss and the evaluation of the validation images, and afterwards two
+more evaluations of the validation images and three of the test images. Images are in memory. Random weights give 100
+detections an image, which is more than trained ones do, so evaluation is measured at its slowest. With ``--images``
+nothing is written.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def minutes(preset: Preset, training: float, loss: float, evaluation: float) -> 
     """Of notebook 04, from the seconds of an image."""
     num_train, num_val, num_test = preset.split
     epoch = num_train * training + num_val * (loss + evaluation)
-    return (preset.long_epochs * epoch + 2 * num_test * evaluation) / 60
+    return (preset.long_epochs * epoch + (3 * num_test + 2 * num_val) * evaluation) / 60
 
 
 def batches_of(preset: Preset, part: int, num_images: int, train: bool) -> list[tuple]:

@@ -80,7 +80,7 @@ _MINI_DEFAULTS = {
     "min_size": 192, "max_size": 384, "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3,
     "rpn_pre_nms_top_n_train": 600, "rpn_post_nms_top_n_train": 300,
     "rpn_pre_nms_top_n_test": 300, "rpn_post_nms_top_n_test": 150,
-    "box_batch_size_per_image": 64,
+    "box_batch_size_per_image": 128,
 }  # fmt: skip
 
 
