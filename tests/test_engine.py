@@ -25,7 +25,7 @@ from tutorial_lib.engine import (
     validation_loss,
     warmup_cosine,
 )
-from tutorial_lib.models import replace_box_predictor, replace_mask_predictor
+from tutorial_lib.models import replace_box_predictor, replace_mask_predictor, replace_predictors
 from tutorial_lib.offline.mini_models import fasterrcnn_mini_fpn, maskrcnn_mini_fpn
 from tutorial_lib.penn_fudan import PennFudanDataset
 from tutorial_lib.transforms import get_transform
@@ -172,18 +172,19 @@ def test_to_device_moves_tensors_and_leaves_the_rest(monkeypatch):
 
 def test_train_one_epoch_overfits_two_images_and_the_same_seed_gives_the_same_weights(dataset):
     def trained(seed, epochs):
-        model = mini_model(seed).eval()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        torch.manual_seed(seed)
+        model = replace_predictors(maskrcnn_mini_fpn(weights="DEFAULT", min_size=96, max_size=160), 2).eval()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         options = {"lr_scheduler": warmup_cosine(optimizer, 0, 1000), "progress": False}
         batches = loader(Subset(dataset, [0, 1]), 1, shuffle=True)
         losses = [train_one_epoch(model, optimizer, batches, CPU, **options) for _ in range(epochs)]
         assert model.training and options["lr_scheduler"].last_epoch == 2 * epochs  # once a batch
         return model.state_dict(), losses
 
-    _, losses = trained(0, 8)
+    _, losses = trained(0, 16)
     assert losses[0].keys() == LOSSES | {"loss"}
     assert losses[0]["loss"] == pytest.approx(sum(losses[0][name] for name in LOSSES), rel=1e-5)
-    for name, factor in {"loss": 0.5, "loss_mask": 0.5, "loss_objectness": 1}.items():
+    for name, factor in {"loss": 0.5, "loss_mask": 0.75, "loss_objectness": 1}.items():  # its masks are fair before
         assert losses[-1][name] < factor * losses[0][name]
     first, second, other = (trained(seed, 1)[0] for seed in (3, 3, 4))
     assert same(first, second) and not same(first, other)
