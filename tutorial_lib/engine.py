@@ -225,7 +225,7 @@ def validation_loss(model: nn.Module, data_loader: DataLoader, device: torch.dev
 def evaluate(model: nn.Module, data_loader: DataLoader, device: torch.device, *, progress: bool = True) -> CocoResults:
     """COCO box and mask AP on the images of the loader, each of which is read once.
 
-    Only IoUs are kept of an image, so memory hardly grows with their number.
+    Only IoUs are kept of an image: with 100 detections about 0.1 MB (``results/growth.json``).
 
     Evaluate in a fixed order: torchvision's models pad the images of a batch to one size, and the padding changes
     their predictions a little. The APs of one model in two orders can differ, unless the batch size is 1.

@@ -24,7 +24,7 @@
 # - use the detector: on a folder, in a fresh process, and as an ONNX file.
 #
 # **You need** notebook [01](01_dataset.ipynb), and [02](02_finetuning_a_predictor.ipynb) for the loop. On one CPU core it
-# takes about 2 minutes. Nothing is downloaded. It runs on synthetic images, which are written out as a VOC folder first. They
+# takes about 4 minutes. Nothing is downloaded. It runs on synthetic images, which are written out as a VOC folder first. They
 # stand for your folder.
 
 # %% [markdown]

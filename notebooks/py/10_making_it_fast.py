@@ -375,6 +375,7 @@ torch.set_num_threads(min(by_threads, key=by_threads.get))
 # Both models take the same steps in turn. The first one is not counted:
 
 # %% tags=["nbval-ignore-output"]
+import statistics
 from tutorial_lib.engine import has_fast_bfloat16, use_bfloat16
 
 fast_model = build_model(EmbeddingBagRoIAlign)
