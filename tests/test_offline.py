@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import get_model
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from tools.pretrain import HELD_OUT, DrawnScenes
 from tutorial_lib.data import collate_fn
@@ -110,8 +110,11 @@ def test_mini_models_are_torchvisions_from_their_registry(name, sample_root):
     model = get_model(name, num_classes=8, min_size=128, box_score_thresh=0.0, box_detections_per_img=6)
     assert model.transform.min_size == (128,) and get_model(name).transform.min_size == (192,)
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) <= 5e6
-    # With MobileNet's own 0.01, AP stays 0 in a short training.
-    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+    assert {norm.eps for norm in model.modules() if isinstance(norm, FrozenBatchNorm2d)} == {0.001}
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    body = get_model(name, weights="DEFAULT").backbone.body
+    trained = {stage for stage, part in body.named_children() if any(p.requires_grad for p in part.parameters())}
+    assert trained == set("4567")
     image, target = PennFudanDataset(sample_root, get_transform(train=False))[0]
     none = {key: target[key][:0] for key in ("boxes", "labels", "masks")}
     losses = replace_predictors(model, 3).train()([image, image], [target, none])
