@@ -104,7 +104,7 @@ def test_own_data_resume_to_the_last_bit(own, tmp_path, monkeypatch, capsys):
         script(monkeypatch, *own, "--out", stopped)
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match=r"last.pt cannot go on .*learning_rate was 0.0015, is 0.002; epochs was 3, is 4.: take a"
+        ValueError, match=r"last.pt cannot go on .*learning_rate was 0.0005, is 0.002; epochs was 3, is 4.: take a"
     ):
         script(monkeypatch, *own, "--epochs", 4, "--learning-rate", 0.002, "--out", stopped, "--resume")
     script(monkeypatch, *own, "--out", stopped, "--resume")
