@@ -127,7 +127,7 @@ def test_use_bfloat16_where_the_device_is_faster_in_it(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, cuda=cuda: cuda)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: {cpu: True}, raising=False)
         assert has_fast_bfloat16(torch.device(device)) is expected
-        model = mini_model()
+        model = maskrcnn_mini_fpn(weights="DEFAULT")
         assert use_bfloat16(model, torch.device(device)) is expected
         changed = {name for name, module in model.named_modules() if "forward" in vars(module)}
         norms = {name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}

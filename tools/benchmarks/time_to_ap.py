@@ -10,7 +10,7 @@ the dataset is opened, and the evaluation of each epoch is part of the time. The
 images afterwards.
 
 Rows go to ``results/time_to_ap.json``, one for each recipe and seed; those of the same weights and code here are not
-measured again. A run that never has an AP counts with all its seconds: it would have needed more. So a ratio with such
+measured again. With two processes, a run shares the machine with another one, whichever its recipe. A run that never has an AP counts with all its seconds: it would have needed more. So a ratio with such
 a classic run is a lower bound. ``arrived`` says how many runs had it.
 """
 
@@ -126,7 +126,10 @@ def seconds_to(row: dict, threshold: float) -> tuple[float, bool]:
 
 
 def summary(rows: list[dict]) -> dict:
-    """For each threshold the median seconds of both recipes, how many runs arrived, and the median of the ratios."""
+    """For each threshold the median seconds of both recipes, how many runs arrived, and the median of the ratios.
+
+    The median ratio is that of the seeds, not of the medians.
+    """
     table = {}
     for threshold in THRESHOLDS:
         found = {(row["recipe"], row["seed"]): seconds_to(row, threshold) for row in rows}
@@ -159,7 +162,7 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(arguments.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for done in as_completed([pool.submit(measured, *job) for job in jobs]):
             rows.append(done.result() | same)
-            rows.sort(key=lambda row: (row["recipe"], row["seed"]))
             print(rows[-1]["recipe"], rows[-1]["seed"], rows[-1]["history"][-1], flush=True)
+            rows.sort(key=lambda row: (row["recipe"], row["seed"]))
             of_seed = Counter(row["seed"] for row in rows)
             write_results("time_to_ap", {"summary": summary(rows) if 2 in of_seed.values() else {}, "rows": rows})

@@ -37,18 +37,21 @@ _BLOCKS = (
 )  # fmt: skip
 
 
-def efficientnet_lite0() -> nn.Sequential:
+def efficientnet_lite0(norm_layer: type[nn.Module]) -> nn.Sequential:
     """The trunk of the mini models: the layers of EfficientNet-Lite0 before its last 1 x 1 convolution.
 
-    That is EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in place of SiLU, and here with frozen
-    BatchNorm. Element 2 gives 24 channels at stride 4, 3 gives 40 at 8, 5 gives 112 at 16, and 7 gives 320 at 32.
+    That is EfficientNet-B0 without squeeze-and-excitation, and with ReLU6 in place of SiLU.
+    Element 2 gives 24 channels at stride 4, 3 gives 40 at 8, 5 gives 112 at 16, and 7 gives 320 at 32.
+
+    Args:
+        norm_layer: ``BatchNorm2d`` or ``FrozenBatchNorm2d``.
 
     Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite; notebook 03.
     """
     block = partial(MBConv, se_layer=lambda *_, **__: nn.Identity())
     settings = [MBConvConfig(*row, block=block) for row in _BLOCKS]
-    frozen = partial(FrozenBatchNorm2d, eps=0.001)
-    whole = EfficientNet(settings, dropout=0, stochastic_depth_prob=0, last_channel=320, norm_layer=frozen)
+    norm = partial(norm_layer, eps=0.001)
+    whole = EfficientNet(settings, dropout=0, stochastic_depth_prob=0, last_channel=320, norm_layer=norm)
     trunk = whole.features[:-1]
     for name, module in list(trunk.named_modules()):
         if isinstance(module, nn.SiLU):
@@ -56,10 +59,10 @@ def efficientnet_lite0() -> nn.Sequential:
     return trunk
 
 
-def _mini_parts(num_classes: int) -> dict[str, Any]:
-    channels = 96
+def _mini_parts(weights: WeightsEnum | None, num_classes: int | None) -> dict[str, Any]:
+    channels, num_classes = 96, _num_classes(weights, num_classes)
     backbone = BackboneWithFPN(
-        efficientnet_lite0(),
+        efficientnet_lite0(nn.BatchNorm2d if weights is None else FrozenBatchNorm2d),
         return_layers={"2": "0", "3": "1", "5": "2", "7": "3"},
         in_channels_list=[24, 40, 112, 320],
         out_channels=channels,
@@ -140,9 +143,7 @@ def _load(model: FasterRCNN, weights: WeightsEnum | None) -> FasterRCNN:
     if weights is not None:
         own = model.state_dict()
         model.load_state_dict({name: value for name, value in weights.get_state_dict().items() if name in own})
-        for (
-            stage
-        ) in "0123":  # as in torchvision's pre-trained detectors, the first stages of the trunk stay as they are
+        for stage in "0123":  # as in torchvision's pre-trained detectors, the first stages stay as they are
             model.backbone.body[stage].requires_grad_(False)
     return model
 
@@ -152,7 +153,7 @@ def fasterrcnn_mini_fpn(
 ) -> FasterRCNN:
     """Faster R-CNN with an EfficientNet-Lite0 trunk and a 96-channel FPN over four of its levels.
 
-    With weights, BatchNorm keeps ImageNet's statistics, and the trunk's first stages, to stride 8, are frozen.
+    With weights, BatchNorm is frozen, as are the trunk's first stages, to stride 8; with none, nothing is.
 
     Args:
         weights: ``FasterRCNN_Mini_FPN_Weights.DEFAULT``, its name, or None for random weights.
@@ -167,7 +168,7 @@ def fasterrcnn_mini_fpn(
     Source: Ren et al., arXiv 1506.01497; notebook 02.
     """
     weights = FasterRCNN_Mini_FPN_Weights.verify(weights)
-    parts = _mini_parts(_num_classes(weights, num_classes))
+    parts = _mini_parts(weights, num_classes)
     model = FasterRCNN(**{**parts, **_MINI_DEFAULTS, **kwargs})
     return _load(model, weights)
 
@@ -183,7 +184,7 @@ def maskrcnn_mini_fpn(
     Source: He et al., arXiv 1703.06870; notebook 08.
     """
     weights = MaskRCNN_Mini_FPN_Weights.verify(weights)
-    parts = _mini_parts(_num_classes(weights, num_classes))
+    parts = _mini_parts(weights, num_classes)
     channels = parts["backbone"].out_channels
     parts["mask_roi_pool"] = EmbeddingBagRoIAlign(["0", "1", "2", "3"], output_size=14, sampling_ratio=2)
     parts["mask_head"] = MaskRCNNHeads(channels, (channels, channels), dilation=1)
