@@ -10,8 +10,9 @@ the dataset is opened, and the evaluation of each epoch is part of the time. The
 images afterwards.
 
 Rows go to ``results/time_to_ap.json``, one for each recipe and seed; those of the same weights and code here are not
-measured again. With two processes, a run shares the machine with another one, whichever its recipe. A run that never has an AP counts with all its seconds: it would have needed more. So a ratio with such
-a classic run is a lower bound. ``arrived`` says how many runs had it.
+measured again. With two processes, a run shares the machine with another one, whichever its recipe. A run that never
+has an AP counts with all its seconds: it would have needed more. So a ratio with such a classic run is a lower bound.
+``arrived`` says how many runs had it.
 """
 
 from __future__ import annotations
