@@ -10,9 +10,9 @@ import torch
 from torchvision.models import get_model_weights
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from tools.benchmarks import RESULTS, full_cpu, growth
+from tools.benchmarks import RESULTS, full_cpu, growth, time_to_ap
 from tools.benchmarks.backbones import BUDGETS, TRUNKS
-from tools.benchmarks.speed import WORKS, detector, evaluator, processes_at_hand
+from tools.benchmarks.speed import WORKS, detector, evaluator
 from tools.benchmarks.starter import EPOCHS, FRESH, SEEDS, summary
 from tools.notebooks import ROOT
 from tutorial_lib.presets import FULL_ON_CPU, PRESETS
@@ -55,12 +55,6 @@ def test_at_full_the_model_that_is_timed_is_built_as_for_coco(build, capsys):
     with torch.no_grad():
         losses = model([torch.rand(3, 128, 128)], [{"boxes": box, "labels": torch.tensor([1]), "masks": masks}])
     assert all(loss < 8 for loss in losses.values()), losses  # 31 where features grow from block to block
-
-
-@pytest.mark.parametrize(("threads", "processes"), [(1, 1), (2, 2), (3, 2), (4, 4), (16, 4)])
-def test_processes_have_whole_images(monkeypatch, threads, processes):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert processes_at_hand() == processes
 
 
 def test_both_evaluators_give_the_same_aps():
@@ -112,6 +106,34 @@ def test_starter_weights_are_worth_having():
         for weights in ("DEFAULT", FRESH)
     }
     assert min(by_weights["DEFAULT"]) > max(by_weights[FRESH]) + 0.05
+
+
+def test_time_to_ap_counts_runs_that_never_arrive_with_all_their_seconds():
+    def row(recipe, seed, *masks):
+        return {"recipe": recipe, "seed": seed, "history": [[10.0 * n, 0.9, ap] for n, ap in enumerate(masks, start=1)]}
+
+    assert time_to_ap.seconds_to(row("ours", 0, 0.3, 0.42, 0.41), 0.41) == (20.0, True)
+    assert time_to_ap.seconds_to(row("ours", 0, 0.3, 0.42, 0.41), 0.43) == (30.0, False)
+    ours = [row("ours", seed, 0.5) for seed in range(3)]
+    classic = [row("classic", 0, 0.1, 0.1, 0.41), row("classic", 1, 0.1, 0.46), row("classic", 2, *[0.3] * 8)]
+    alone = row("ours", 3, 0.1)  # without a classic run beside it
+    table = time_to_ap.summary([*classic, *ours, alone])
+    assert table["0.40"] == {
+        "median_seconds": {"classic": 30.0, "ours": 10.0}, "arrived": {"classic": 2, "ours": 3},
+        "runs": 3, "median_ratio": 3.0,
+    }  # fmt: skip
+    assert table["0.50"]["arrived"] == {"classic": 0, "ours": 3} and table["0.50"]["median_ratio"] == 3.0
+
+
+def test_time_to_ap_is_measured_with_every_seed():
+    results = stored("time_to_ap")
+    ran = [(row["recipe"], row["seed"]) for row in results["rows"]]
+    assert ran == [(recipe, seed) for recipe in time_to_ap.RECIPES for seed in time_to_ap.SEEDS]
+    assert results["summary"] == time_to_ap.summary(results["rows"])
+    assert {row["weights"] for row in results["rows"]} == {
+        get_model_weights("maskrcnn_mini_fpn").DEFAULT.meta["sha256"][:16]
+    }
+    assert results["summary"]["0.45"]["arrived"]["ours"] == 3
 
 
 def test_minutes_of_notebook_04_add_up():

@@ -49,6 +49,7 @@ class PretendedGPU(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits: Counter = Counter()
+        self.bytes_copied = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
@@ -61,6 +62,7 @@ class PretendedGPU(TorchDispatchMode):
         chosen = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors[1:])
         waits = name in WAITS or chosen or device == CPU or (name == "copy_" and bool(others))
         self.waits["nonzero" if chosen else name] += on_gpu and waits
+        self.bytes_copied += sum(tensor.nbytes for tensor in tensors) * (on_gpu and name == COPY and device == CPU)
         if "device" in kwargs:
             kwargs["device"] = CPU
         result = func(*tree_map(value_of, args), **tree_map(value_of, kwargs))
@@ -165,10 +167,13 @@ def test_validation_loss_waits_for_one_number_a_batch_and_evaluation_for_its_pre
     assert gpu.waits - of_model == {NUMBER: len(batches)}
 
     gpu.waits.clear()
+    gpu.bytes_copied = 0
     with torch.no_grad():  # what is dispatched in inference mode cannot be pretended
         results = evaluate.__wrapped__(model, batches, GPU, progress=False)
     expected = evaluate(on_cpu, batches, CPU, progress=False)
     assert gpu.waits[COPY] == 4 * results.num_images  # boxes, labels, scores and masks
+    pixels = sum(image.shape[1] * image.shape[2] for images, _ in batches for image in images)
+    assert 0 < gpu.bytes_copied < 1.1 * 10 * pixels  # ten masks an image, a byte a pixel
     assert results.box.AR == pytest.approx(expected.box.AR, abs=0.01) and results.mask is not None
 
     images = batches[0][0]

@@ -99,7 +99,8 @@ def resume(path: str | Path, **parts: Any) -> dict[str, Any]:
     """Put a checkpoint back where it came from, so that training goes on as if it had never stopped.
 
     On a CPU with the same number of threads the weights at the end are the same to the last
-    bit, if the checkpoint was written between two epochs.
+    bit, if the checkpoint was written between two epochs. The random generators of GPUs are set
+    only where there are as many GPUs as before.
 
     Args:
         path: of :func:`save_checkpoint`.

@@ -166,7 +166,10 @@ def compare(prediction: dict, target: dict, size: tuple[int, int]) -> ImageIoUs:
 
 def _as_numpy(output: dict, size: tuple[int, int], name: str) -> dict[str, np.ndarray]:
     keys = ("boxes", "labels", "scores", "area", "iscrowd", "masks")
-    tensors = {key: output[key].detach().cpu() for key in keys if key in output}
+    tensors = {key: output[key].detach() for key in keys if key in output}
+    if "masks" in tensors and tensors["masks"].device.type != "cpu":
+        tensors["masks"] = tensors["masks"] > 0.5  # a quarter of the bytes to copy
+    tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
     arrays = {k: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for k, t in tensors.items()}
     required = ("boxes", "labels", "scores") if name == "prediction" else ("boxes", "labels")
     if missing := [key for key in required if key not in arrays]:

@@ -5,7 +5,8 @@
 Rows of ``results/speed.json`` hold the seconds of both and their ratio; works that are not named keep their rows. The
 classic loop is in ``classic.py``. Ours has the large memory pages that the Makefile asks Linux for. Set
 PENN_FUDAN_ROOT to measure on the photographs. The works of the name `..._cuda` need a GPU, and with PENN_FUDAN_ROOT no
-network: the model has random weights there.
+network: the model has random weights there. `train_step_cuda` keeps a training for each line on the GPU, which needs
+some 25 GB (estimated).
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ import multiprocessing
 import os
 import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -360,9 +358,9 @@ def epochs(loop: Loop, preset: Preset, device: torch.device, count: int = 2) -> 
     return seconds | {"peak_bytes": peak}
 
 
-def epoch(device: torch.device, preset: Preset | None = None) -> dict:
+def epoch(device: torch.device) -> dict:
     """An epoch of training and evaluation after one to warm up, data included; each loop in its own process."""
-    preset = preset or preset_at_hand(device)
+    preset = preset_at_hand(device)
     row: dict = {"preset": preset.name, "bfloat16": has_fast_bfloat16(device)}
     for name, loop in {"classic": CLASSIC, "ours": OURS}.items():
         with own_process(loop) as pool:
@@ -373,60 +371,12 @@ def epoch(device: torch.device, preset: Preset | None = None) -> dict:
     return row
 
 
-def script(count: int, threads: int, epochs: int) -> dict:
-    """The results of `tutorial_lib.train`, seed 0, in processes that share the preset's batch and the threads."""
-    preset = preset_at_hand(CPU)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    arguments = {"preset": preset.name, "epochs": epochs, "batch-size": preset.batch_size // count, "device": "cpu"}
-    with tempfile.TemporaryDirectory() as out:
-        command = [f"--{name}={value}" for name, value in (arguments | {"out": out}).items()]
-        subprocess.run(
-            [sys.executable, *launcher, "-m", "tutorial_lib.train", *command],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads // count), "THP_MEM_ALLOC_ENABLE": "1"},
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        return json.loads((Path(out) / "results.json").read_text())
-
-
-def processes_at_hand() -> int:
-    """As many as there are threads, but each has a whole number of the batch's images."""
-    batch_size, threads = preset_at_hand(CPU).batch_size, torch.get_num_threads()
-    return max(count for count in range(1, threads + 1) if batch_size % count == 0)
-
-
-def several_processes() -> dict:
-    """Four epochs of `tutorial_lib.train`: in one process, and in one for each core, with the APs of both."""
-    count = processes_at_hand()
-    row = {"preset": preset_at_hand(CPU).name, "epochs": 4, "processes": count}
-    for name, number in {"classic": 1, "ours": count}.items():
-        results = script(number, torch.get_num_threads(), epochs=4)
-        row |= {name: results["training_seconds"]}
-        row |= {f"{name}_{kind}": results[kind] for kind in ("box_AP", "mask_AP")}
-    return row
-
-
-def training() -> dict:
-    """Two epochs of training, twice, in turn: the classic loop; `tutorial_lib.train` with a process for each core."""
-    preset, count = preset_at_hand(CPU), processes_at_hand()
-    rounds: dict[str, list[float]] = {"classic": [], "ours": []}
-    for _ in range(2):
-        with own_process(CLASSIC) as pool:
-            rounds["classic"].append(sum(pool.submit(epochs, CLASSIC, preset, CPU).result()["training"]))
-        rounds["ours"].append(script(count, torch.get_num_threads(), epochs=2)["training_seconds"])
-    seconds = {name: statistics.mean(values) for name, values in rounds.items()}
-    return seconds | {"preset": preset.name, "epochs": 2, "processes": count, "rounds": rounds}
-
-
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WORKS: dict[str, Callable[[], dict]] = {
     "sample_from_cache": sample,
     "train_step_cpu": lambda: train_step(CPU, one_after_the_other(CPU)),
     "inference_cpu": lambda: inference(CPU),
-    "epoch_quick": lambda: epoch(CPU, choose_preset("quick")),
     "epoch_cpu": lambda: epoch(CPU),
-    "training_cpu": training,
-    "several_processes_cpu": several_processes,
     "channels_last_cpu": lambda: train_step(CPU, {"contiguous": OURS, "last": replace(OURS, change=channels_last)}),
     "evaluator_50": lambda: evaluator(50, rounds=4),
     "evaluator_1000": lambda: evaluator(1000),

@@ -370,7 +370,7 @@ def write_sample(root: str | Path, num_images: int = 64, seed: int = 0) -> Path:
 
     Only people are labelled, as in PennFudan; cars, trees and dogs are left for the
     detector to tell apart. It is dusk: the starter weights have only seen the light
-    of day, so there is something to learn. Image i depends on (seed, i) only.
+    of day. Image i depends on (seed, i) only.
 
     Args:
         root: the folder to put the dataset in; made if need be.
