@@ -49,12 +49,12 @@ _MINI = {
 
 PRESETS = {
     "quick": Preset(
-        "quick", "synthetic sample", split=(40, 8, 16), **_MINI, min_size=(256,), max_size=512,
-        batch_size=4, learning_rate=5e-4, epochs=6, scratch_epochs=4, long_epochs=10,
+        "quick", "synthetic sample", split=(40, 8, 16), **_MINI, min_size=(192,), max_size=384,
+        batch_size=4, learning_rate=5e-4, epochs=8, scratch_epochs=5, long_epochs=14,
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=(208, 240, 272, 304, 320), max_size=560,
-        batch_size=4, learning_rate=5e-4, epochs=8, scratch_epochs=6, long_epochs=20,
+        batch_size=2, learning_rate=5e-4, epochs=8, scratch_epochs=6, long_epochs=16,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",

@@ -73,7 +73,7 @@ print(f"{BATCH_SIZE = }\n{SPLIT = }\n{SEED = }\n{BATCHES = }")
 #
 # - **Classic** is the recipe of the public reference scripts: float32, SGD with a learning rate of 0.005 that falls to a
 #   tenth twice, batches of 2, images from disk. Masks are pasted and encoded for each epoch's evaluation.
-# - **Ours** is notebook 04's: bfloat16, AdamW, batches of 4, images in memory, and the library's evaluation.
+# - **Ours** is notebook 04's: bfloat16, AdamW, images in memory, and the library's evaluation.
 #
 # The clock runs from opening the dataset, and evaluation counts. Each line below is a run:
 
