@@ -13,7 +13,6 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from tools.benchmarks import RESULTS, full_cpu, growth, time_to_ap
 from tools.benchmarks.backbones import BUDGETS, TRUNKS
 from tools.benchmarks.speed import WORKS, detector, evaluator
-from tools.benchmarks.starter import EPOCHS, FRESH, SEEDS, summary
 from tools.notebooks import ROOT
 from tutorial_lib.presets import FULL_ON_CPU, PRESETS
 
@@ -78,34 +77,6 @@ def test_every_backbone_is_measured_at_the_same_budget():
         for row in of_preset:
             assert measured <= row.keys() and 0 <= row["box_AP"] <= 1
             assert vars(BUDGETS[name]).items() <= row.items()
-
-
-def test_starter_weights_are_measured_with_every_seed():
-    results = stored("starter")
-    rows = results["rows"]
-    ran = [(row["preset"], row["weights"], row["seed"], row["epochs"]) for row in rows]
-    kinds = [("quick", "DEFAULT"), ("laptop", "DEFAULT"), ("laptop", FRESH)]
-    wanted = [(name, weights, seed, EPOCHS[name]) for name, weights in kinds for seed in SEEDS[name]]
-    assert sorted(ran) == sorted(wanted)
-    made = summary(rows)
-    assert results["summary"].keys() == made.keys()
-    for group, numbers in made.items():
-        assert results["summary"][group].pop("seeds") == numbers.pop("seeds")
-        for name, values in numbers.items():
-            assert results["summary"][group][name] == pytest.approx(values, abs=1e-12)
-    assert results["starter"]["_metrics"] == get_model_weights("maskrcnn_mini_fpn").DEFAULT.meta["_metrics"]
-
-
-def test_starter_weights_are_worth_having():
-    rows = stored("starter")["rows"]
-    quick = [row for row in rows if row["preset"] == "quick"]
-    # On so few images, finetuning gains no more than seeds differ; what counts is where it begins.
-    assert all(row["zero_shot_mask_AP"] > 0.2 and row["box_AP"] > 0.3 for row in quick)
-    by_weights = {
-        weights: [row["mask_AP"] for row in rows if (row["preset"], row["weights"]) == ("laptop", weights)]
-        for weights in ("DEFAULT", FRESH)
-    }
-    assert min(by_weights["DEFAULT"]) > max(by_weights[FRESH]) + 0.05
 
 
 def test_time_to_ap_counts_runs_that_never_arrive_with_all_their_seconds():

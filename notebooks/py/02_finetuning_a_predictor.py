@@ -507,7 +507,8 @@ for name, part in (("validation", val_set), ("test", test_set)):
 # - Another 50 test photographs would move AP by .05 or so (bootstrap, notebook
 #   [06](06_evaluating_detections.ipynb)). So even the second decimal is noise.
 # - The small model's weights come with this project. Its trunk has the ImageNet weights of EfficientNet-Lite0, and
-#   `tools/pretrain.py` trained the rest on synthetic images. `tutorial_lib/results/starter.json` says what that is worth.
+#   `tools/pretrain.py` trained the rest on synthetic images. Notebook [10](10_making_it_fast.ipynb) says what
+#   that is worth.
 #
 # ## Further reading
 #

@@ -11,8 +11,8 @@ ResNet are trained.
 Every row of ``results/full_cpu.json`` has the seconds of an image, and the minutes of notebook 04 that follow from
 them: of each epoch the training, the validation loss and the evaluation of the validation images, and afterwards two
 more evaluations of the validation images and three of the test images. Images are in memory. Random weights give 100
-detections an image, which is more than trained ones do, so evaluation is measured at its slowest. With ``--images``
-nothing is written.
+detections an image, which is more than trained ones do, so evaluation is measured at its slowest. Rows of other numbers
+of threads are kept. With ``--images`` nothing is written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection import MaskRCNN
 
-from tools.benchmarks import provenance, write_results
+from tools.benchmarks import RESULTS, provenance, write_results
 from tutorial_lib.data import collate_fn, split_dataset
 from tutorial_lib.engine import evaluate, has_fast_bfloat16, train_one_epoch, use_bfloat16, validation_loss
 from tutorial_lib.models import replace_predictors
@@ -151,7 +151,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, help=f"to train and to test on, to try it; else {NUM_IMAGES}")
     number = parser.parse_args().images
-    results = {"what": WHAT, "rows": measure(replace(PRESETS["full"], **FULL_ON_CPU), number or NUM_IMAGES)}
-    print(json.dumps(results, indent=1))
+    rows = measure(replace(PRESETS["full"], **FULL_ON_CPU), number or NUM_IMAGES)
+    print(json.dumps(rows, indent=1))
     if number is None:
-        write_results("full_cpu", results)
+        path = RESULTS / "full_cpu.json"
+        others = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        rows += [row for row in others if row["threads"] != torch.get_num_threads()]
+        write_results("full_cpu", {"what": WHAT, "rows": sorted(rows, key=lambda row: row["threads"])})
