@@ -24,7 +24,7 @@
 # - compare before and after, and look at a failure.
 #
 # **You need** notebook [01](01_dataset.ipynb). On one CPU core it takes about 1 minute at `quick` and
-# about 6 minutes at `laptop`, which downloads 51 MB of photographs. `full` also downloads 160 MB of weights, and is
+# about 5 minutes at `laptop`, which downloads 51 MB of photographs. `full` also downloads 160 MB of weights, and is
 # made for a GPU.
 
 # %% [markdown]

@@ -24,7 +24,7 @@
 # - train it, and measure what its ImageNet weights are worth.
 #
 # **You need** notebook [02](02_finetuning_a_predictor.ipynb): proposals, AP, `train_one_epoch`. On one CPU core this one
-# takes about 2 minutes at `quick` and about 15 minutes at `laptop`, which downloads 51 MB of photographs. `full` also
+# takes about 2 minutes at `quick` and about 11 minutes at `laptop`, which downloads 51 MB of photographs. `full` also
 # downloads 14 MB of weights, and is made for a GPU.
 
 # %% [markdown]

@@ -80,7 +80,7 @@ ONE_BASED = None  # for VOC: True or False where the corners are known
 
 MODEL, WEIGHTS = "maskrcnn_mini_fpn", "DEFAULT"
 MIN_SIZE, MAX_SIZE = (256,), 512
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 4, 5e-4
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 2, 5e-4
 IN_MEMORY, FLIP, COLOUR = True, True, True
 
 SHARES, SEED = {"val": 0.15, "test": 0.15}, 0

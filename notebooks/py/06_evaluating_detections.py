@@ -25,7 +25,7 @@
 #
 # **You need** to have trained one of torchvision's detectors, as in notebook
 # [02](02_finetuning_a_predictor.ipynb) or [04](04_penn_fudan_mask_rcnn.ipynb). On one CPU core it takes
-# about 3 minutes at `quick` and 8 minutes at `laptop`. `full` is made for a GPU (not measured yet).
+# about 3 minutes at `quick` and 7 minutes at `laptop`. `full` is made for a GPU (not measured yet).
 
 # %% [markdown]
 # ## Set-up

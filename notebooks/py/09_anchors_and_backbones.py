@@ -24,7 +24,7 @@
 # - freeze BatchNorm, freeze layers, change the image size, and measure what that does.
 #
 # **You need** notebook [03](03_swapping_the_backbone.ipynb). It explains trunks, `out_channels`, and why the anchors'
-# tuples are nested. On one CPU core it takes about 2 minutes at `quick` and about 7 at `laptop`. `full` is made for a
+# tuples are nested. On one CPU core it takes about 2 minutes at `quick` and about 6 at `laptop`. `full` is made for a
 # GPU (not
 # measured yet).
 
