@@ -214,7 +214,7 @@ def test_too_few_images_to_split(tmp_path):
         ("--workers -1", "--workers -1: at least 0"),
         ("--learning-rate 0", "--learning-rate 0.0 must be over 0"),
         ("--learning-rate nan", "--learning-rate nan must be over 0"),
-        ("--min-size 64 600", "--min-size [64, 600] must be over 0, and at most --max-size, 512"),
+        ("--min-size 64 600", "--min-size [64, 600] must be over 0, and at most --max-size, 384"),
         ("--max-size 0", "at most --max-size, 0"),
         ("--device gpu", "argument --device: invalid choice: 'gpu'"),
         ("--device cuda", "0 GPU(s) for 1 process(es); --device cpu goes without"),

@@ -25,7 +25,7 @@
 # - predict only the masks that somebody looks at.
 #
 # **You need** notebook [04](04_penn_fudan_mask_rcnn.ipynb), whose loop this one explains. On one CPU core it
-# takes about a minute at `quick` and at `laptop`. `full` is made for a GPU (not measured yet).
+# takes about half a minute at `quick` and at `laptop`. `full` is made for a GPU (not measured yet).
 
 # %% [markdown]
 # ## Set-up
