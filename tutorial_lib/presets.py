@@ -64,7 +64,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# What `full` becomes on a CPU. Notebook 04 then takes 40 minutes on one thread (results/full_cpu.json).
+# What `full` becomes on a CPU. Notebook 04 then takes 21 minutes on two threads (results/full_cpu.json).
 FULL_ON_CPU = {"min_size": (400,), "max_size": 640, "epochs": 3, "scratch_epochs": 6, "long_epochs": 3}
 
 
