@@ -48,6 +48,24 @@ def test_replaced_predictors_are_all_that_is_new(build, replace, new):
             assert after[key] is value and torch.equal(value, values), key
 
 
+def test_each_new_class_starts_as_the_mean_of_the_old_classes():
+    """So the background keeps its score, and whatever the class, box and mask are the mean of those before."""
+    model, inputs = maskrcnn_mini_fpn(num_classes=4), torch.rand(5, 192)
+    images = torch.rand(5, 96, 14, 14)
+    with torch.inference_mode():
+        scores, boxes = model.roi_heads.box_predictor(inputs)
+        masks = model.roi_heads.mask_predictor(images)
+        replace_predictors(model, 3)
+        new_scores, new_boxes = model.roi_heads.box_predictor(inputs)
+        new_masks = model.roi_heads.mask_predictor(images)
+    boxes, new_boxes = boxes.view(5, 4, 4), new_boxes.view(5, 3, 4)
+    for old, new in ((scores, new_scores), (boxes, new_boxes), (masks, new_masks)):
+        torch.testing.assert_close(new[:, 0], old[:, 0])
+        for label in (1, 2):
+            torch.testing.assert_close(new[:, label], old[:, 1:].mean(dim=1))
+    assert all(parameter.requires_grad for parameter in model.roi_heads.parameters())
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, "meta"])
 def test_replaced_predictors_have_the_models_device_and_dtype(kind):
     for build, replaces in (

@@ -54,7 +54,7 @@ PRESETS = {
     ),
     "laptop": Preset(
         "laptop", "PennFudan", split=(100, 20, 50), **_MINI, min_size=(208, 240, 272, 304, 320), max_size=560,
-        batch_size=2, learning_rate=5e-4, epochs=8, scratch_epochs=6, long_epochs=16,
+        batch_size=2, learning_rate=5e-4, epochs=8, scratch_epochs=6, long_epochs=10,
     ),
     "full": Preset(
         "full", "PennFudan", split=(100, 20, 50), faster_rcnn="fasterrcnn_resnet50_fpn",

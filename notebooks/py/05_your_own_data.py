@@ -292,8 +292,8 @@ test_loader = DataLoader(Subset(plain, test), BATCH_SIZE, collate_fn=collate_fn)
 # ## Model
 #
 # In notebook 02 the pre-trained model could be measured before any training, since COCO has people. Your classes are
-# your own: the new predictors know none of them, so there is nothing to measure yet. The model starts with a trained
-# backbone and a trained RPN.
+# your own. In the new predictors each starts as the mean of the old classes, so there is nothing to measure yet. All the
+# rest is trained.
 
 # %%
 from torchvision.models import get_model

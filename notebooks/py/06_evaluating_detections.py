@@ -85,8 +85,8 @@ val_loader = DataLoader(val_set, collate_fn=collate_fn)
 test_loader = DataLoader(test_set, collate_fn=collate_fn)
 
 # %% [markdown]
-# The training is that of notebook 04, but shorter. The seed decides the new predictors' first weights, the order of
-# the images, their augmentation, and which proposals are trained on.
+# The training is that of notebook 04, but shorter. The seed decides the order of the images, their
+# augmentation, and which proposals are trained on.
 
 # %%
 import torch

@@ -1,0 +1,61 @@
+"""What helps AP: notebook 04's training at `laptop`, and the same with one thing changed, three seeds each.
+
+    PENN_FUDAN_ROOT=/path/to/PennFudanPed python -m tools.benchmarks.recipes [--processes 2] [change ...]
+
+Each run is measured as in ``time_to_ap.py``, with an evaluation after every epoch, and takes five to ten minutes. A row
+of ``results/recipes.json`` is the mean of a change's seeds; a change that was measured before is replaced. The line
+"notebook 04" is of the runs in ``time_to_ap.json``. Lines with ``"older": true`` are of trainings before this one, most
+with one seed, by a script that is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+
+from tools.benchmarks import RESULTS, write_results
+from tools.benchmarks.time_to_ap import PRESET, SEEDS, in_processes, ours, random_predictors
+
+
+def changed(**fields) -> partial:
+    return partial(ours, preset=replace(PRESET, **fields))
+
+
+CHANGES = {
+    "random predictors": partial(ours, new_predictors=random_predictors),
+    "batches of 4": changed(batch_size=4),
+    "16 epochs": changed(long_epochs=16),
+    "learning rate 1e-3": changed(learning_rate=1e-3),
+}
+
+
+def mean_row(change: str, rows: list[dict]) -> dict:
+    """The mean over the seeds; validation AP is that of the last three epochs."""
+    last = {"val_box_AP": 1, "val_mask_AP": 2}
+    means = {key: statistics.mean(epoch[i] for row in rows for epoch in row["history"][-3:]) for key, i in last.items()}
+    means |= {key: statistics.mean(row[key] for row in rows) for key in ("test_box_AP", "test_mask_AP")}
+    row = {"change": change, "seeds": sorted(row["seed"] for row in rows), "epochs": rows[0]["epochs"]}
+    row |= {key: round(value, 4) for key, value in means.items()}
+    row["seconds"] = round(statistics.mean(row["history"][-1][0] for row in rows))
+    return row | {key: rows[0][key] for key in ("device", "threads", "torch", "torchvision", "python", "date")}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("changes", nargs="*", default=list(CHANGES), help=f"of {', '.join(CHANGES)}; all unless named")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, of one thread each")
+    arguments = parser.parse_args()
+    timed = json.loads((RESULTS / "time_to_ap.json").read_text(encoding="utf-8"))["rows"]
+    found = defaultdict(list, {"notebook 04": [row for row in timed if row["recipe"] == "ours"]})
+    jobs = [(change, seed) for change in arguments.changes for seed in SEEDS]
+    for change, run in in_processes(CHANGES, jobs, arguments.processes):
+        found[change].append(run)
+        print(change, run["seed"], run["test_box_AP"], run["test_mask_AP"], flush=True)
+        results = json.loads((RESULTS / "recipes.json").read_text(encoding="utf-8"))
+        new = [mean_row(change, runs) for change, runs in found.items() if len(runs) == len(SEEDS)]
+        old = [row for row in results["rows"] if row["change"] not in {row["change"] for row in new}]
+        write_results("recipes", results | {"rows": [*old, *new]})
