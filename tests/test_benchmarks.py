@@ -10,7 +10,7 @@ import torch
 from torchvision.models import get_model_weights
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from tools.benchmarks import RESULTS, full_cpu, growth, time_to_ap
+from tools.benchmarks import RESULTS, full_cpu, growth, recipes, time_to_ap
 from tools.benchmarks.backbones import BUDGETS, TRUNKS
 from tools.benchmarks.speed import WORKS, detector, evaluator
 from tools.notebooks import ROOT
@@ -105,6 +105,26 @@ def test_time_to_ap_is_measured_with_every_seed():
         get_model_weights("maskrcnn_mini_fpn").DEFAULT.meta["sha256"][:16]
     }
     assert results["summary"]["0.45"]["arrived"]["ours"] == 3
+
+
+def test_a_recipe_is_the_mean_of_its_seeds():
+    measured_on = dict.fromkeys(("device", "threads", "torch", "torchvision", "python", "date"), "here")
+    histories = [[10.0, 0.9, 0.9], [20.0, 0.1, 0.2], [30.0, 0.2, 0.3], [40.0, 0.3, 0.4]], [[8.0, 0.6, 0.5]]
+    runs = [
+        {"seed": 1 - seed, "epochs": 4, "history": history, "test_box_AP": 0.6, "test_mask_AP": seed / 2} | measured_on
+        for seed, history in enumerate(histories)
+    ]
+    row = {"change": "none", "seeds": [0, 1], "epochs": 4, "val_box_AP": 0.3, "val_mask_AP": 0.35}
+    row |= {"test_box_AP": 0.6, "test_mask_AP": 0.25, "seconds": 24}
+    assert recipes.mean_row("none", runs) == row | measured_on
+
+
+def test_recipes_are_measured_with_every_seed():
+    rows = {row["change"]: row for row in stored("recipes")["rows"] if "older" not in row}
+    assert rows.keys() == {"notebook 04", *recipes.CHANGES}
+    assert all(row["seeds"] == list(time_to_ap.SEEDS) for row in rows.values())
+    runs = [row for row in stored("time_to_ap")["rows"] if row["recipe"] == "ours"]
+    assert rows["notebook 04"] == recipes.mean_row("notebook 04", runs)
 
 
 def test_minutes_of_notebook_04_add_up():

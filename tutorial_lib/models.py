@@ -32,8 +32,7 @@ def _predictor(model: nn.Module, name: str, num_classes: int) -> nn.Module:
 def start_from_mean(new: nn.Module, old: nn.Module, rows: int = 1) -> nn.Module:
     """Fill a predictor's layer: background as in the old layer, each other class with the mean of the old classes.
 
-    What tells where the edge of an object is, is much alike for all classes. So their mean is a better start than
-    random numbers.
+    What finds the edge of one object nearly finds that of another. So the mean is a better start than random numbers.
 
     Args:
         new, old: ``cls_score``, ``bbox_pred`` or ``mask_fcn_logits``, of as many inputs.

@@ -209,8 +209,8 @@ new = FastRCNNPredictor(old.cls_score.in_features, num_classes).to(device)
 print(old, new, sep="\n")
 
 # %% [markdown]
-# The new layers are random. But what tells where a person ends is much the same as what tells where a car
-# ends. So a new class can start as the mean of the old ones, and the background stays what it was:
+# The new layers are random. But what finds the edge of a car nearly finds the edge of a person. So let a new
+# class start as the mean of the old ones. The background stays what it was:
 
 # %% tags=["copy-me"]
 # tutorial_lib/models.py
