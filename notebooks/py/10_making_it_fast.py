@@ -116,7 +116,7 @@ for recipe in ("classic", "ours"):
 print(f"{row['device']}, {row['threads']} thread a run, two at a time, torch {row['torch']}, {row['date']}")
 
 # %% [markdown]
-# So our epochs are faster, but most is gained by needing fewer of them. To a low AP, one classic run is as fast as ours.
+# So our epochs are faster, but most is gained by needing fewer of them.
 #
 # What makes an epoch faster? `python -m tools.benchmarks.speed` timed the parts. Both ways took turns, so other load on
 # the machine hits both. Epochs and the evaluator of 1000 images were timed only once.

@@ -20,7 +20,6 @@ from functools import partial
 from tools.benchmarks import RESULTS, write_results
 from tools.benchmarks.time_to_ap import PRESET, SEEDS, in_processes, ours, random_predictors
 
-
 CHANGES = {
     "random predictors": partial(ours, new_predictors=random_predictors),
     "batches of 4": partial(ours, preset=replace(PRESET, batch_size=4)),
