@@ -121,10 +121,11 @@ def test_a_recipe_is_the_mean_of_its_seeds():
 
 def test_recipes_are_measured_with_every_seed():
     rows = {row["change"]: row for row in stored("recipes")["rows"] if "older" not in row}
-    assert rows.keys() == {"notebook 04", *recipes.CHANGES}
+    assert rows.keys() == {*recipes.TIMED.values(), *recipes.CHANGES}
     assert all(row["seeds"] == list(time_to_ap.SEEDS) for row in rows.values())
-    runs = [row for row in stored("time_to_ap")["rows"] if row["recipe"] == "ours"]
-    assert rows["notebook 04"] == recipes.mean_row("notebook 04", runs)
+    timed = stored("time_to_ap")["rows"]
+    for recipe, change in recipes.TIMED.items():
+        assert rows[change] == recipes.mean_row(change, [row for row in timed if row["recipe"] == recipe])
 
 
 def test_minutes_of_notebook_04_add_up():

@@ -30,7 +30,7 @@
 # | preset | model | epochs | time |
 # |---|---|---|---|
 # | `quick` | `maskrcnn_mini_fpn`, 4.5 M parameters, 192 pixels | 14 | 2 min on one CPU core |
-# | `laptop` | the same, 208 to 320 pixels | 10 | 8 min on one CPU core |
+# | `laptop` | the same, 208 to 320 pixels | 10 | 6 min on one CPU core |
 # | `full` | `maskrcnn_resnet50_fpn`, 44.4 M, 800 pixels | 10 | a GPU; without one, 3 epochs on smaller images, 21 minutes on two CPU cores |
 
 # %% [markdown]

@@ -3,9 +3,9 @@
     PENN_FUDAN_ROOT=/path/to/PennFudanPed python -m tools.benchmarks.recipes [--processes 2] [change ...]
 
 Each run is measured as in ``time_to_ap.py``, with an evaluation after every epoch, and takes five to ten minutes. A row
-of ``results/recipes.json`` is the mean of a change's seeds; a change that was measured before is replaced. The line
-"notebook 04" is of the runs in ``time_to_ap.json``. Lines with ``"older": true`` are of trainings before this one, most
-with one seed, by a script that is not kept.
+of ``results/recipes.json`` is the mean of a change's seeds; a change that was measured before is replaced. The lines
+"notebook 04" and "classic recipe" are of the runs in ``time_to_ap.json``. Lines with ``"older": true`` are of trainings
+before this one, most with one seed, by a script that is not kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import partial
 from tools.benchmarks import RESULTS, write_results
 from tools.benchmarks.time_to_ap import PRESET, SEEDS, in_processes, ours, random_predictors
 
+TIMED = {"classic": "classic recipe", "ours": "notebook 04"}
 CHANGES = {
     "random predictors": partial(ours, new_predictors=random_predictors),
     "batches of 4": partial(ours, preset=replace(PRESET, batch_size=4)),
@@ -43,7 +44,9 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     timed = json.loads((RESULTS / "time_to_ap.json").read_text(encoding="utf-8"))["rows"]
-    found = defaultdict(list, {"notebook 04": [row for row in timed if row["recipe"] == "ours"]})
+    found = defaultdict(list)
+    for row in timed:
+        found[TIMED[row["recipe"]]].append(row)
     jobs = [(change, seed) for change in arguments.changes for seed in SEEDS]
     for change, run in in_processes(CHANGES, jobs, arguments.processes):
         found[change].append(run)
