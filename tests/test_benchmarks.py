@@ -14,6 +14,7 @@ from tools.benchmarks import RESULTS, full_cpu, growth, recipes, time_to_ap
 from tools.benchmarks.backbones import BUDGETS, TRUNKS
 from tools.benchmarks.speed import WORKS, detector, evaluator
 from tools.notebooks import ROOT
+from tutorial_lib.offline.mini_models import maskrcnn_mini_fpn
 from tutorial_lib.presets import FULL_ON_CPU, PRESETS
 
 PROVENANCE = {"device", "threads", "torch", "torchvision", "python", "date"}
@@ -117,6 +118,15 @@ def test_a_recipe_is_the_mean_of_its_seeds():
     row = {"change": "none", "seeds": [0, 1], "epochs": 4, "val_box_AP": 0.3, "val_mask_AP": 0.35}
     row |= {"test_box_AP": 0.6, "test_mask_AP": 0.25, "seconds": 24}
     assert recipes.mean_row("none", runs) == row | measured_on
+
+
+def test_person_can_be_left_out_of_the_mean():
+    model = maskrcnn_mini_fpn(num_classes=4)
+    old = [layer.clone() for layer in model.roi_heads.box_predictor.bbox_pred.weight.detach().split(4)]
+    recipes.mean_without_person(model, 2)
+    background, person = model.roi_heads.box_predictor.bbox_pred.weight.detach().split(4)
+    torch.testing.assert_close(background, old[0])
+    torch.testing.assert_close(person, (old[2] + old[3]) / 2)
 
 
 def test_recipes_are_measured_with_every_seed():

@@ -205,12 +205,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 num_classes = 2  # background and person
 old = model.roi_heads.box_predictor
-new = FastRCNNPredictor(old.cls_score.in_features, num_classes).to(device)
-print(old, new, sep="\n")
+predictor = FastRCNNPredictor(old.cls_score.in_features, num_classes).to(device)
+print(old, predictor, sep="\n")
 
 # %% [markdown]
-# The new layers are random. But what finds the edge of a car nearly finds the edge of a person. So let a new
-# class start as the mean of the old ones. The background stays what it was:
+# The new predictor has random weights. But the old one can already place a box around most things. So let each
+# new class start as the mean of the old classes. The background keeps its weights:
 
 # %% tags=["copy-me"]
 # tutorial_lib/models.py
@@ -229,9 +229,9 @@ def start_from_mean(new: nn.Module, old: nn.Module, rows: int = 1) -> nn.Module:
 
 # %%
 old_parameters = dict(model.named_parameters())
-start_from_mean(new.cls_score, old.cls_score)
-start_from_mean(new.bbox_pred, old.bbox_pred, rows=4)  # four numbers for a class
-model.roi_heads.box_predictor = new
+start_from_mean(predictor.cls_score, old.cls_score)
+start_from_mean(predictor.bbox_pred, old.bbox_pred, rows=4)  # four numbers for a class
+model.roi_heads.box_predictor = predictor
 
 # %%
 new = [name for name, p in model.named_parameters() if p is not old_parameters.get(name)]
@@ -239,8 +239,8 @@ print("new parameters:", *new, sep="\n  ")
 assert all(name.startswith("roi_heads.box_predictor.") for name in new)
 
 # %% [markdown]
-# Four tensors are new. All others keep what the model has learned about pictures. That is why 100 photographs
-# are enough. (The library's `replace_box_predictor` does the same. Notebook [10](10_making_it_fast.ipynb)
+# Four tensors are new. All others keep what the model has learned about pictures. That is why so few photographs
+# can be enough. (The library's `replace_box_predictor` does the same. Notebook [10](10_making_it_fast.ipynb)
 # measures what the mean gains.)
 #
 # ## One step by hand
@@ -286,8 +286,8 @@ print(f"loss {loss.item():.3f} =", " + ".join(f"{v.item():.3f}" for v in losses.
 #
 # ## A learning rate that rises and falls
 #
-# The new layers fit no class yet, so the first gradients are large and would damage the trained layers. The learning
-# rate therefore rises during the first epoch, the *warm-up*. Then it falls to zero along a
+# The new layers do not fit the class yet. AdamW's first steps are as large as later ones, and would damage the trained
+# layers. The learning rate therefore rises during the first epoch, the *warm-up*. Then it falls to zero along a
 # [cosine](https://arxiv.org/abs/1608.03983), so that the last steps are small.
 
 # %% tags=["copy-me"]
@@ -525,7 +525,7 @@ for name, part in (("validation", val_set), ("test", test_set)):
 #   raises no error, but means background. Label 11 raises an `IndexError`, and on CUDA a device-side
 #   assert (notebook [07](07_when_it_breaks.ipynb)).
 # - Build the optimizer *after* you replace the predictor, or it trains the old one.
-# - A new predictor knows nothing of your class. If all you need is "person", the zero-shot model may do.
+# - A new predictor does not know your class yet. If all you need is "person", the zero-shot model may do.
 # - Another 50 test photographs would move AP by .05 or so (bootstrap, notebook
 #   [06](06_evaluating_detections.ipynb)). So even the second decimal is noise.
 # - The small model's weights come with this project. Its trunk has the ImageNet weights of EfficientNet-Lite0, and
