@@ -84,7 +84,7 @@ measured = files("tutorial_lib") / "results" / "backbones.json"
 rows = [row for row in json.loads(measured.read_text())["rows"] if row["preset"] == "laptop"]
 one = rows[0]
 each_epoch = one["images_trained_on"] // one["epochs"]
-print(f"measured on {one['device']}, {one['threads']} threads, torch {one['torch']}, {one['date']}")
+print(f"measured on {one['device']}, threads: {one['threads']}, torch {one['torch']}, {one['date']}")
 print(f"{one['epochs']} epochs of {each_epoch} photographs, {one['min_size']} pixels, batch {one['batch_size']}\n")
 print(f"{'':23}M param.   MiB  train/s  test/s     AP   AP50")
 for row in rows:
