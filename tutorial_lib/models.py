@@ -34,7 +34,7 @@ def start_from_mean(new: nn.Module, old: nn.Module, rows: int = 1) -> nn.Module:
 
     The old layers can already place a box around most things, so their mean is a better start than random numbers.
     (Of COCO's 90 numbers, ten are of no class, and are in the mean, too.) For a class that the model knows, its own
-    rows are better still: notebook 02's second exercise.
+    rows can be copied: notebook 02's second exercise.
 
     Args:
         new, old: ``cls_score``, ``bbox_pred`` or ``mask_fcn_logits``, of as many inputs.

@@ -199,17 +199,8 @@ print_table({"zero-shot, validation": zero_shot})
 #
 # `box_predictor` has two linear layers with the same input. For each class, `cls_score` gives a score, and
 # `bbox_pred` four corrections of the box. We have two classes: background, always number 0, and person.
-
-# %% tags=["nbval-ignore-output"]
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-
-num_classes = 2  # background and person
-old = model.roi_heads.box_predictor
-predictor = FastRCNNPredictor(old.cls_score.in_features, num_classes).to(device)
-print(old, predictor, sep="\n")
-
-# %% [markdown]
-# The new predictor has random weights. But the old one can already place a box around most things. So let each
+#
+# `FastRCNNPredictor` has random weights. But the old layers can already place a box around most things. So let each
 # new class start as the mean of the old classes. The background keeps its weights:
 
 # %% tags=["copy-me"]
@@ -227,21 +218,25 @@ def start_from_mean(new: nn.Module, old: nn.Module, rows: int = 1) -> nn.Module:
     return new
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+
+num_classes = 2  # background and person
 old_parameters = dict(model.named_parameters())
+old = model.roi_heads.box_predictor
+predictor = FastRCNNPredictor(old.cls_score.in_features, num_classes).to(device)
 start_from_mean(predictor.cls_score, old.cls_score)
 start_from_mean(predictor.bbox_pred, old.bbox_pred, rows=4)  # four numbers for a class
 model.roi_heads.box_predictor = predictor
+print(old, predictor, sep="\n")
 
-# %%
 new = [name for name, p in model.named_parameters() if p is not old_parameters.get(name)]
 print("new parameters:", *new, sep="\n  ")
 assert all(name.startswith("roi_heads.box_predictor.") for name in new)
 
 # %% [markdown]
-# Four tensors are new. All others keep what the model has learned about pictures. That is why so few photographs
-# can be enough. (The library's `replace_box_predictor` does the same. Notebook [10](10_making_it_fast.ipynb)
-# measures what the mean gains.)
+# Four tensors are new. All others keep what the model has learned about pictures. (The library's
+# `replace_box_predictor` does the same. Notebook [10](10_making_it_fast.ipynb) measures what the mean gains.)
 #
 # ## One step by hand
 #
@@ -286,8 +281,8 @@ print(f"loss {loss.item():.3f} =", " + ".join(f"{v.item():.3f}" for v in losses.
 #
 # ## A learning rate that rises and falls
 #
-# The new layers do not fit the class yet. AdamW's first steps are as large as later ones, and would damage the trained
-# layers. The learning rate therefore rises during the first epoch, the *warm-up*. Then it falls to zero along a
+# AdamW's first steps are as large as later ones, and would damage the trained layers. The learning rate
+# therefore rises during the first epoch, the *warm-up*. Then it falls to zero along a
 # [cosine](https://arxiv.org/abs/1608.03983), so that the last steps are small.
 
 # %% tags=["copy-me"]
@@ -525,7 +520,7 @@ for name, part in (("validation", val_set), ("test", test_set)):
 #   raises no error, but means background. Label 11 raises an `IndexError`, and on CUDA a device-side
 #   assert (notebook [07](07_when_it_breaks.ipynb)).
 # - Build the optimizer *after* you replace the predictor, or it trains the old one.
-# - A new predictor does not know your class yet. If all you need is "person", the zero-shot model may do.
+# - If all you need is "person", the zero-shot model may do.
 # - Another 50 test photographs would move AP by .05 or so (bootstrap, notebook
 #   [06](06_evaluating_detections.ipynb)). So even the second decimal is noise.
 # - The small model's weights come with this project. Its trunk has the ImageNet weights of EfficientNet-Lite0, and

@@ -148,7 +148,7 @@ print(*dict(heads.mask_predictor.named_children()))
 # %% [markdown]
 # Only the last of these layers depends on the number of classes. The first, a transposed convolution,
 # doubles 14 × 14 to 28 × 28, and has learned about outlines. The library keeps it, and replaces only
-# the last. As in notebook 02, a new class starts as the mean of the old ones:
+# the last. As in notebook 02, new classes start as the mean of the old:
 
 # %% tags=["copy-me"]
 # Copy me: runs alone
