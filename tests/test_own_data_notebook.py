@@ -109,7 +109,7 @@ SETTINGS = {  # format: images, labels, what else is set
 def run_cells(root, kind, until):
     """The notebook's names after its cells up to the one that holds ``until``."""
     images, labels, more = SETTINGS[kind]
-    changed = {"ROOT": root, "FORMAT": kind, "IMAGES": root / images, "LABELS": root / labels, "EPOCHS": 1}
+    changed = {"ROOT": root, "FORMAT": kind, "IMAGES": root / images, "LABELS": root / labels, "EPOCHS": 6}
     changed |= {"CATEGORIES": CATEGORIES, "MIN_SIZE": (96,), "MAX_SIZE": 128, **more}
     if kind == "coco":
         changed["SPLIT"] = {part: root / file for part, file in changed["SPLIT"].items()}
